@@ -1,0 +1,202 @@
+"""The run folder: atomic writes, fingerprints, manifests, and the lock that keeps a second writer out.
+
+Nothing here is ever half-written under its final name: files and folders are built beside their place and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from compress.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+FORMAT_VERSION = 1
+_SAMPLE_BYTES = 65536
+_SAMPLES = 64
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an ArtifactError that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        # The safetensors writer reports a full disk as its own error with errno unset, hence the text.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ArtifactError(
+                f"{path}: the disk is full ({error.strerror}); nothing was replaced. "
+                "Free space or set run_dir= / cache_dir= to another disk, then run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another run_dir=") from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` in one step: a reader, or the next run after a kill, sees the old file or the new one."""
+    payload = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(payload)
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; run the stage that writes it first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from error
+
+
+@contextlib.contextmanager
+def building_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty sibling folder that becomes `path` on success and is removed on any error.
+
+    An existing `path` is replaced only at the end. What a killed process left behind is removed by the next call.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            old = path.with_name(f".{path.name}.tmp-old")
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file atomically, with the permissions of the umask (the library alone writes 0600)."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except Exception as error:
+                # safetensors wraps the operating system's error in its own class; keep the one a caller can act on.
+                if "No space left" in str(error) or "os error 28" in str(error):
+                    raise OSError(errno.ENOSPC, "No space left on device") from error
+                if "File too large" in str(error) or "os error 27" in str(error):
+                    raise OSError(errno.EFBIG, "File too large") from error
+                raise
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            _fsync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def open_tensors(path: Path) -> Any:
+    """A lazy safetensors reader; a missing, truncated or foreign file is an ArtifactError."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; the folder is incomplete, fetch or make it again")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        raise ArtifactError(f"{path} is not a complete safetensors file ({error}); fetch or make it again") from error
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def fingerprint_path(path: Path) -> str:
+    """A content fingerprint of a file or folder: names, sizes, and up to 64 blocks of 64 KiB spread over each file.
+
+    Files of up to 4 MiB are read whole. A 140 GB checkpoint takes milliseconds a shard instead of minutes; what is
+    given up is noticing an edit inside a large file that keeps its size and misses every block.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist")
+    digest = hashlib.sha256()
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    for file in files:
+        relative = file.relative_to(path).as_posix() if path.is_dir() else ""
+        if any(part.startswith(".") for part in Path(relative).parts):
+            continue  # .cache, .git, editors' files: not part of the model or the text
+        size = file.stat().st_size
+        digest.update(f"{relative}\0{size}\0".encode())
+        with file.open("rb") as handle:
+            if size <= _SAMPLE_BYTES * _SAMPLES:
+                digest.update(handle.read())
+            else:
+                for index in range(_SAMPLES):
+                    handle.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                    digest.update(handle.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for writing. A second process gets an error that names the holder.
+
+    The lock is the kernel's (flock): it goes with the process however that dies, so a killed run blocks nobody.
+    """
+    with disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = (run_dir / "lock").open("a+")
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown process"
+            raise ArtifactError(
+                f"run_dir={run_dir} is being written by {holder}; wait for it, or give this run another name= or run_dir="
+            ) from None
+        handle.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        handle.write(f"process {os.getpid()}" + (f" of Slurm job {job}" if job else "") + f" since {time.ctime()}\n")
+        handle.flush()
+        yield
+    finally:
+        handle.close()

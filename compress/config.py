@@ -1,0 +1,357 @@
+"""Every setting of a compression, typed. Hydra composes; this module converts, checks and nothing else.
+
+A choice is an enum; there is no `_target_`, so a config from elsewhere is data. Cross-field rules that need no file are
+in `check`; rules that need the teacher (shapes, tokenizers) are checked where the teacher is first read, before any
+long work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from compress.errors import ConfigError
+
+
+class Stage(StrEnum):
+    all = "all"
+    tokenize = "tokenize"
+    score = "score"
+    prune = "prune"
+    distill = "distill"
+    export = "export"
+    evaluate = "evaluate"
+    status = "status"
+
+
+class LossOn(StrEnum):
+    all = "all"
+    response = "response"
+
+
+class Aggregation(StrEnum):
+    mean = "mean"
+    l2 = "l2"
+    variance = "variance"
+
+
+class DepthCriterion(StrEnum):
+    block_influence = "block_influence"
+    greedy_kl = "greedy_kl"
+
+
+class ComputeDtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Optimizer(StrEnum):
+    adamw = "adamw"
+    muon = "muon"
+
+
+@dataclass
+class TeacherConfig:
+    """The model to shrink: a Hugging Face folder, a hub id, or `embedded:NAME`."""
+
+    path: str = MISSING
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class SourceConfig:
+    """One source of text: a .jsonl, .json, .parquet or .txt file (or glob), a folder or hub id that `datasets` reads,
+    or `embedded:NAME`."""
+
+    path: str = MISSING
+    name: str | None = None  # of a validation set, in every table; none = the file's own name
+    subset: str | None = None  # the `name` of a hub data set
+    split: str = "train"
+    text_key: str = "text"
+    messages_key: str = "messages"  # records that have this key are conversations
+    tools_key: str = "tools"
+    weight: float | None = None  # share of the training tokens; none given anywhere = in proportion to size
+    max_records: int | None = None
+
+
+@dataclass
+class DataConfig:
+    sequence_length: int = 512
+    loss_on: LossOn = LossOn.all
+    append_eos: bool = True
+    train: list[SourceConfig] = field(default_factory=list)
+    calibration: list[SourceConfig] = field(default_factory=list)
+    validation: list[SourceConfig] = field(default_factory=list)
+    records_per_shard: int = 4096
+    workers: int = 0  # 0 = one per core; changes speed, never the result
+
+
+@dataclass
+class ScoreConfig:
+    num_sequences: int = 64
+    sequence_aggregation: Aggregation = Aggregation.mean  # Minitron's default: mean over sequence, L2 over batch
+    batch_aggregation: Aggregation = Aggregation.l2
+    depth: DepthCriterion = DepthCriterion.block_influence
+    greedy_sequences: int = 12
+    max_removed_layers: int | None = None  # how far greedy_kl goes; none = half of the layers
+    micro_batch_size: int = 4
+
+
+@dataclass
+class PruneConfig:
+    """The student's shape, by Hugging Face size names; what is not given stays as the teacher's, unless
+    `max_parameters` is given: then the best predicted legal shape within the budget fills what is open."""
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    max_parameters: float | None = None
+    removed_layers: list[int] | None = None  # by hand, instead of the depth criterion
+
+
+@dataclass
+class ShapeConfig:
+    multiple_of: int = 16
+    min_parameters_ratio: float = 0.9  # a budget's candidates hold at least this share of it
+    max_width_pruning: float = 0.5
+    max_depth_pruning: float = 0.5
+
+
+@dataclass
+class DistillConfig:
+    init_from: str | None = None  # a student pruned elsewhere; none = this run's prune folder
+    num_tokens: float = MISSING
+    global_batch_size: int = 4  # sequences a step
+    micro_batch_size: int = 4  # sequences a forward; changes memory, not the gradient
+    temperature: float = 1.0
+    optimizer: Optimizer = Optimizer.adamw
+    learning_rate: float = 4e-4
+    muon_learning_rate: float = 0.01  # of the layers' matrices when optimizer=muon; the rest trains by AdamW
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 8
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_gradient_norm: float = 1.0
+    checkpoint_steps: int = 16
+    keep_checkpoints: int = 2
+    log_steps: int = 1
+
+
+@dataclass
+class ExportConfig:
+    step: int | None = None  # a kept step, also while training goes on; none = the last one of a finished distill
+    dtype: ComputeDtype = ComputeDtype.bfloat16
+
+
+@dataclass
+class EvaluateConfig:
+    max_tokens: float | None = 32768  # of each validation set; none = all
+    micro_batch_size: int = 4
+    generate_tokens: int = 64  # for the speed figure
+    lm_eval: bool = False
+    lm_eval_items: int = 500
+    lm_eval_path: str = "embedded:piqa"  # jsonl of {question, choices, label}
+
+
+@dataclass
+class CompressConfig:
+    name: str = "run"
+    run_dir: str = "runs/${name}"
+    cache_dir: str = "${oc.env:COMPRESS_CACHE,'~/.cache/compress'}"
+    stage: Stage = Stage.all
+    seed: int = 0
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+    threads: int = 0  # 0 = torch's own choice
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+GROUPS = ("recipe", "cluster")
+
+
+def conf_dir() -> Path:
+    """The folder of config.yaml and the recipes: in the installed package, else in the checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass, sections included."""
+    found = []
+    for f in fields(node):
+        key = f"{prefix}{f.name}"
+        found.append(key)
+        default = f.default_factory() if callable(f.default_factory) else None
+        if is_dataclass(default):
+            found += _keys(default, f"{key}.")
+    return found
+
+
+def _check_override(override: str, known: list[str]) -> None:
+    """Refuse keys that no dataclass has, before Hydra's own error, whose remedy (`+key=`) is not ours."""
+    key = override.partition("=")[0]
+    if key.lstrip("~+").split(".")[0].split("@")[0] in (*GROUPS, "hydra"):
+        return
+    if key.startswith("+"):
+        raise ConfigError(f"{key}: the config is closed, so keys are set without '+'{_closest(key.lstrip('+'), known)}")
+    if key.lstrip("~") not in known:
+        raise ConfigError(f"{key.lstrip('~')}: no such key{_closest(key.lstrip('~'), known)}. All keys: python -m compress --help")
+
+
+def _closest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def load_config(*overrides: str, config_dir: str | Path | None = None) -> CompressConfig:
+    """Compose `overrides` ("recipe=tiny", "distill.num_tokens=2048") like the command line; for notebooks and tests.
+
+    Raises ConfigError for an unknown key or recipe, a wrong type, or a broken rule.
+    """
+    known = _keys(CompressConfig)
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigError(f"{override}: settings are written key=value; python -m compress --help lists them")
+        _check_override(override, known)
+    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    for group in GROUPS:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
+            if key == group and not any((folder / f"{value}.yaml").is_file() for folder in folders) and value != "null":
+                there = sorted({f.stem for folder in folders if folder.is_dir() for f in folder.glob("*.yaml")})
+                raise ConfigError(
+                    f"{group}={value}: no such {group}; there are {', '.join(there) or 'none'}. "
+                    f"Your own go into DIR/{group}/NAME.yaml with --config-dir DIR"
+                )
+    try:
+        if GlobalHydra.instance().is_initialized():
+            composed = compose("config", overrides=[*overrides])
+        else:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                composed = compose("config", overrides=[*overrides, *extra])
+    except Exception as error:  # Hydra and OmegaConf raise a dozen classes here, all of them about the settings
+        cause = error.__cause__ or error
+        raise ConfigError(" ".join(str(cause).split("\n    ")[0].split())) from error
+    return to_config(composed)
+
+
+def to_config(composed: DictConfig) -> CompressConfig:
+    """Convert what Hydra composed, strictly: unknown keys (also by `+key=`) and wrong types are ConfigErrors."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        merged = OmegaConf.merge(OmegaConf.structured(CompressConfig), plain)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise ConfigError(f"{sorted(missing)[0]} is not set; choose a recipe= or give a value")
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        raise ConfigError(f"{key}: no such key{_closest(key, _keys(CompressConfig))}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, CompressConfig)
+    check(config)
+    return config
+
+
+def check(config: CompressConfig) -> None:
+    """The rules between settings that need no file. Raises ConfigError with key, value, rule and remedy."""
+
+    def rule(holds: bool, key: str, text: str) -> None:
+        if not holds:
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{key}={value} {text}")
+
+    for key in (
+        "data.sequence_length data.records_per_shard score.num_sequences score.greedy_sequences score.micro_batch_size "
+        "shape.multiple_of distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
+        "distill.keep_checkpoints distill.log_steps evaluate.micro_batch_size evaluate.lm_eval_items"
+    ).split():
+        section, name = key.split(".")
+        rule(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")
+    for key in (
+        "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm distill.epsilon"
+    ).split():
+        rule(_positive(getattr(config.distill, key.split(".")[1])), key, "must be a positive number")
+    rule(config.data.sequence_length >= 8, "data.sequence_length", "must be at least 8 tokens")
+    rule(config.distill.warmup_steps >= 0, "distill.warmup_steps", "must be 0 or more")
+    rule(config.distill.weight_decay >= 0, "distill.weight_decay", "must be 0 or more")
+    rule(0 <= config.distill.min_learning_rate_ratio <= 1, "distill.min_learning_rate_ratio", "must be within 0 and 1")
+    for key in ("beta1", "beta2"):
+        rule(0 <= getattr(config.distill, key) < 1, f"distill.{key}", "must be within 0 and 1, 1 excluded")
+    for key in ("max_width_pruning", "max_depth_pruning"):
+        rule(0 <= getattr(config.shape, key) < 1, f"shape.{key}", "is a share: within 0 and 1, 1 excluded")
+    rule(0 < config.shape.min_parameters_ratio <= 1, "shape.min_parameters_ratio", "must be within 0 and 1, 0 excluded")
+    rule(
+        config.distill.global_batch_size % config.distill.micro_batch_size == 0,
+        "distill.global_batch_size",
+        f"must be a multiple of distill.micro_batch_size={config.distill.micro_batch_size}",
+    )
+    tokens = config.distill.num_tokens
+    rule(_positive(tokens) and tokens == int(tokens), "distill.num_tokens", "must be a whole positive number of tokens")
+    a_step = config.distill.global_batch_size * config.data.sequence_length
+    rule(
+        tokens >= a_step,
+        "distill.num_tokens",
+        f"is less than one step of distill.global_batch_size * data.sequence_length = {a_step} tokens",
+    )
+    if config.prune.max_parameters is not None:
+        rule(_positive(config.prune.max_parameters), "prune.max_parameters", "must be a positive number")
+        rule(config.prune.removed_layers is None, "prune.removed_layers", "can't be combined with prune.max_parameters")
+    for name in "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split():
+        value = getattr(config.prune, name)
+        rule(value is None or value >= 1, f"prune.{name}", "must be at least 1")
+    for split in ("train", "calibration", "validation"):
+        sources = getattr(config.data, split)
+        if not sources:
+            raise ConfigError(f"data.{split} is empty; give at least one source, such as data.{split}=[{{path: my.jsonl}}]")
+        weights = [s.weight for s in sources]
+        if any(w is not None for w in weights) and not all(w is not None and _positive(w) for w in weights):
+            raise ConfigError(f"data.{split}: weights {weights} must be positive for every source, or given for none")
+    names = [set_name(s) for s in config.data.validation]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"data.validation: the names {names} must differ; set name= on each source")
+    for name in names:
+        if not name or "/" in name or name.startswith("."):
+            raise ConfigError(f"data.validation name={name!r} becomes a folder: letters, digits, '-' and '_' only")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ConfigError(f"name={config.name!r} becomes a folder: it must be non-empty, without '/' or a leading '.'")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def set_name(source: SourceConfig) -> str:
+    """The name of a validation set in folders and tables."""
+    return source.name or Path(source.path.removeprefix("embedded:")).name.split(".")[0]
+
+
+ConfigStore.instance().store(name="schema", node=CompressConfig)
