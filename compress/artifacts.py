@@ -25,6 +25,7 @@ from compress.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+ERROR = "error.json"
 FORMAT_VERSION = 1
 _SAMPLE_BYTES = 65536
 _SAMPLES = 64
@@ -125,13 +126,40 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
                 if "File too large" in str(error) or "os error 27" in str(error):
                     raise OSError(errno.EFBIG, "File too large") from error
                 raise
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            open_permissions(temporary)
             _fsync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def open_permissions(path: Path) -> None:
+    """Give a file, or every file of a folder, the permissions of the umask: safetensors writes 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
+def replace_contents(building: Path, target: Path) -> None:
+    """Move what is in `building` into the stage folder `target` in place of its old contents, config.json last.
+
+    What the pipeline keeps there (manifest, started, error, dot files) stays. A run killed here leaves a stage without
+    its manifest, which the next run makes again.
+    """
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for old in target.iterdir():
+            if old.name in (MANIFEST, STARTED, ERROR) or old.name.startswith("."):
+                continue
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+        for new in sorted(building.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(new, target / new.name)
+        shutil.rmtree(building)
 
 
 def open_tensors(path: Path) -> Any:
@@ -176,22 +204,23 @@ def fingerprint_path(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for writing. A second process gets an error that names the holder.
+def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
+    """Hold one stage folder of a run for writing. A second process gets an error that names the holder.
 
-    The lock is the kernel's (flock): it goes with the process however that dies, so a killed run blocks nobody.
+    The lock is the kernel's (flock): it goes with the process however that dies, so a killed run blocks nobody. It is
+    per stage, so that a kept step can be exported and evaluated while training goes on.
     """
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = (run_dir / "lock").open("a+")
+        handle = (run_dir / f".{stage}.lock").open("a+")
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            holder = handle.read().strip() or "unknown process"
+            holder = handle.read().strip() or "another process"
             raise ArtifactError(
-                f"run_dir={run_dir} is being written by {holder}; wait for it, or give this run another name= or run_dir="
+                f"{run_dir / stage} is being written by {holder}; wait for it, or give this run another name= or run_dir="
             ) from None
         handle.truncate(0)
         job = os.environ.get("SLURM_JOB_ID")

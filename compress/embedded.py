@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from compress.artifacts import building_folder, disk_errors
+from compress.artifacts import building_folder, disk_errors, open_permissions
 from compress.errors import ArtifactError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,7 @@ def _build_smollm2(folder: Path, cache_dir: Path) -> None:
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     shutil.rmtree(unpacked)
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
+    open_permissions(folder)
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

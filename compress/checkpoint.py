@@ -1,0 +1,99 @@
+"""Training checkpoints: torch's distributed checkpoint in its safetensors storage, so that nothing is ever unpickled.
+
+A checkpoint is a folder `step_00000016` with the shards and `complete.json`, its commit marker, which holds the facts
+(step, tokens) and a digest of every file. The folder is built under a temporary name and renamed when it is whole;
+one whose digest doesn't fit is passed over for the one before, with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from compress.artifacts import building_folder, fingerprint_path, read_json, write_json
+from compress.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+MARKER = "complete.json"
+RNG = "rng/cpu"
+
+
+def save(folder: Path, step: int, state: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:
+    """Commit `state` as step `step`, then remove all but the newest `keep` checkpoints.
+
+    Raises ArtifactError on a full disk; the checkpoints before are untouched then.
+    """
+    final = folder / f"step_{step:08d}"
+    with building_folder(final) as temporary:
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True, thread_count=1)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.save({**state, RNG: torch.get_rng_state()}, storage_writer=writer, no_dist=not dist.is_initialized())
+        except dcp.CheckpointException as error:  # carries what each rank raised; one rank is enough to say why
+            raise next(iter(error.failures.values()))[0] from error
+        write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old:08d}")
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a commit marker, ascending; their digests are not read here."""
+    return sorted(int(marker.parent.name.removeprefix("step_")) for marker in folder.glob(f"step_*/{MARKER}"))
+
+
+def newest(folder: Path, step: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, facts) of the newest whole checkpoint, or of `step`; None when there is none.
+
+    Raises ArtifactError when checkpoints exist and none is whole, or when the `step` asked for isn't kept.
+    """
+    there = steps(folder)
+    if step is not None and step not in there:
+        raise ArtifactError(f"{folder}: step {step} is not kept; there are {there or 'none'}; see distill.keep_checkpoints")
+    for candidate in [step] if step is not None else reversed(there):
+        path = folder / f"step_{candidate:08d}"
+        try:
+            marker = read_json(path / MARKER)
+            if marker["digest"] == _digest(path):
+                return path, {"step": marker["step"], **marker["facts"]}
+            reason = "a file has other bytes than when it was committed"
+        except (ArtifactError, KeyError, TypeError) as error:
+            reason = str(error)
+        log.warning("%s is damaged (%s); passing over it", path, reason)
+    if there:
+        raise ArtifactError(f"{folder}: none of the checkpoints {there} is whole; delete the folder to train from the start")
+    return None
+
+
+def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> None:
+    """Fill `state` in place from the checkpoint, each rank reading only what it holds, whatever layout wrote it.
+
+    `state` may hold a part of what was saved (the model alone, for an export).
+    """
+    wanted = dict(state)
+    rng = torch.get_rng_state()
+    if restore_rng:
+        wanted[RNG] = rng
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise ArtifactError(f"{path} does not hold this model ({cause}); was it trained from another student?") from error
+    if restore_rng:
+        torch.set_rng_state(rng)
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    return {file.name: fingerprint_path(file) for file in sorted(folder.iterdir()) if file.name != MARKER}

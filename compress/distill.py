@@ -1,0 +1,223 @@
+"""Stage distill: retrain the pruned student against the teacher's logits, resumable at every committed step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress import checkpoint
+
+from compress.artifacts import disk_errors, write_atomic
+from compress.config import CompressConfig, Optimizer
+from compress.errors import ConfigError, Interrupted, NumericalError
+from compress.folders import teacher_folder
+from compress.models import check_same_tokenizer, load_model
+from compress.optimizer import LocalOptimizer, learning_rate_factor
+from compress.parallel import resolve_dtype, shard, single_process_mesh
+from compress.progress import track
+from compress.step import StudentModule, Teacher, accumulate_gradients
+from compress.tokens import SequenceOrder, TokenSet
+
+log = logging.getLogger(__name__)
+
+
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Train until distill.num_tokens, committing a checkpoint every distill.checkpoint_steps and on a signal.
+
+    Raises ConfigError before any training for a student that doesn't fit the teacher or a step without loss tokens,
+    NumericalError when the loss is not finite, Interrupted after SIGTERM, SIGINT or SIGUSR1 was answered by a save.
+    """
+    settings, trust = config.distill, config.teacher.trust_remote_code
+    teacher_path = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser())
+    student_path = Path(settings.init_from) if settings.init_from else run_dir / "prune"
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    max_steps = num_steps(config)
+    order = SequenceOrder(
+        data.source_sizes, source_weights(config), max_steps * settings.global_batch_size, seed=config.seed
+    )
+    _refuse_empty_windows(data, order, max_steps, settings.global_batch_size)
+    check_same_tokenizer(teacher_path, student_path, trust)
+    dtype = resolve_dtype(config.compute_dtype)
+    torch.manual_seed(config.seed)
+    with single_process_mesh() as mesh:
+        teacher = Teacher(load_model(teacher_path, dtype, trust))
+        model = load_model(student_path, torch.float32, trust)
+        if model.config.vocab_size != teacher.model.config.vocab_size:
+            raise ConfigError(
+                f"vocab_size of student {student_path} is {model.config.vocab_size}, of teacher {teacher_path} "
+                f"{teacher.model.config.vocab_size}: logits are compared id by id; give both the same vocabulary rows"
+            )
+        student = StudentModule(model, settings.temperature).train()
+        shard(student, model.model.layers, mesh, dtype)
+        optimizer = LocalOptimizer(
+            student.named_parameters(),
+            muon=settings.optimizer is Optimizer.muon,
+            learning_rate=settings.learning_rate,
+            muon_learning_rate=settings.muon_learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        folder = run_dir / "distill" / "checkpoints"
+        start = _resume(folder, student, optimizer)
+        metrics = run_dir / "distill" / "metrics.jsonl"
+        _keep_metrics_before(metrics, start)
+        _train(config, student, teacher, optimizer, data, order, range(start, max_steps), folder, metrics)
+
+
+def _train(
+    config: CompressConfig,
+    student: nn.Module,
+    teacher: Teacher,
+    optimizer: LocalOptimizer,
+    data: TokenSet,
+    order: SequenceOrder,
+    step_range: range,
+    folder: Path,
+    metrics: Path,
+) -> None:
+    settings = config.distill
+    tokens_per_step = settings.global_batch_size * data.sequence_length
+
+    def save(step: int) -> None:
+        checkpoint.save(folder, step, _state(student, optimizer), {"tokens": step * tokens_per_step}, settings.keep_checkpoints)
+
+    committed = step_range.start
+    with _stop_signals() as stop:
+        for step in track(step_range, "distill", unit="tok", amount=lambda _: tokens_per_step):
+            began = time.perf_counter()
+            indices = order.indices(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
+            micro_batches = (
+                data.batch(indices[i : i + settings.micro_batch_size])
+                for i in range(0, len(indices), settings.micro_batch_size)
+            )
+            loss, count = accumulate_gradients(student, teacher, micro_batches)
+            factor = learning_rate_factor(step, step_range.stop, settings.warmup_steps, settings.min_learning_rate_ratio)
+            norm = math.nan
+            if math.isfinite(loss):
+                norm, rate = optimizer.step(factor, settings.max_gradient_norm)
+            if not math.isfinite(norm):
+                raise NumericalError(
+                    f"distill step {step + 1}: loss {loss}, gradient norm {norm} on training sequences "
+                    f"{indices.tolist()}; nothing was updated, and step {committed} is kept. Lower "
+                    f"distill.learning_rate={settings.learning_rate} or raise distill.warmup_steps="
+                    f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
+                )
+            if (step + 1) % settings.log_steps == 0 or step + 1 == step_range.stop:
+                seconds = time.perf_counter() - began
+                _append(metrics, {
+                    "step": step + 1, "tokens": (step + 1) * tokens_per_step, "loss_tokens": count, "loss": loss,
+                    "gradient_norm": norm, "learning_rate": rate, "seconds": seconds,
+                    "tokens_per_second": tokens_per_step / seconds,
+                })  # fmt: skip
+            done = step + 1 == step_range.stop
+            if done or stop.name or (step + 1) % settings.checkpoint_steps == 0:
+                save(step + 1)
+                committed = step + 1
+            if stop.name and not done:
+                raise Interrupted(f"{stop.name}: step {step + 1} of {step_range.stop} is saved; the same command goes on")
+
+
+def _state(student: nn.Module, optimizer: LocalOptimizer) -> dict[str, Tensor]:
+    return {
+        **{f"model/{name}": p for name, p in student.named_parameters()},
+        **{f"optimizer/{key}": value for key, value in optimizer.state().items()},
+    }
+
+
+def _resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
+    """Load the newest whole checkpoint in place; returns the steps done (0 without one)."""
+    found = checkpoint.newest(folder)
+    if found is None:
+        return 0
+    path, facts = found
+    checkpoint.load(path, _state(student, optimizer), restore_rng=True)
+    log.info("distill: resuming after step %d from %s", facts["step"], path.name)
+    return int(facts["step"])
+
+
+def progress_line(config: CompressConfig, run_dir: Path) -> str:
+    """How far training is, for `stage=status`: step, loss, and time left at the last steps' pace."""
+    metrics = run_dir / "distill" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+    if not rows:
+        return "no step yet"
+    pace = sum(row["seconds"] for row in rows[-10:]) / len(rows[-10:])
+    left = (num_steps(config) - rows[-1]["step"]) * pace
+    saved = checkpoint.steps(run_dir / "distill" / "checkpoints")
+    return (
+        f"step {rows[-1]['step']} of {num_steps(config)}, loss {rows[-1]['loss']:.4f}, about {left / 60:.0f} min left; "
+        f"kept steps: {', '.join(map(str, saved)) or 'none'}"
+    )
+
+
+def num_steps(config: CompressConfig) -> int:
+    """Whole optimizer steps within distill.num_tokens, packed tokens with padding counted."""
+    return int(config.distill.num_tokens) // (config.distill.global_batch_size * config.data.sequence_length)
+
+
+def source_weights(config: CompressConfig) -> list[float] | None:
+    weights = [source.weight for source in config.data.train]
+    return None if any(w is None for w in weights) else [w for w in weights if w is not None]
+
+
+def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int) -> None:
+    """Every step of the whole run must have a loss token: known from the index before the first forward."""
+    per_draw = data.loss_tokens[order.indices(0, max_steps * global_batch_size)]
+    empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
+    if len(empty):
+        raise ConfigError(
+            f"distill step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such steps): every token "
+            f"of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or set data.loss_on=all"
+        )
+
+
+def _keep_metrics_before(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that a kill took back, so that the file has each step once."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+        write_atomic(metrics, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+@dataclasses.dataclass
+class _Stop:
+    name: str = ""
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn SIGTERM (scancel, time limit), SIGUSR1 (Slurm's early warning) and SIGINT into a wish read after a step."""
+    stop = _Stop()
+
+    def note(number: int, frame: object) -> None:
+        if stop.name:  # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        stop.name = signal.Signals(number).name
+        log.warning("%s: finishing this step, then saving", stop.name)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,71 @@
+"""About how long the stages will take, from arithmetic and one product measured on this machine."""
+
+# M, N, K: sizes of the measured product
+
+from __future__ import annotations
+
+import glob
+import time
+from pathlib import Path
+
+import torch
+
+from compress.architecture import num_parameters, with_sizes
+from compress.config import CompressConfig, DepthCriterion, Stage
+from compress.embedded import resolve
+from compress.folders import read_model, teacher_folder
+from compress.parallel import resolve_dtype
+
+# Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
+FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
+TEXT_BYTES_PER_SECOND = 0.6e6
+OVERHEAD_SECONDS = 6.0  # imports, loading, saving
+
+
+def _flops_per_second(dtype: torch.dtype) -> float:
+    left_MK, right_KN = torch.randn(1024, 576).to(dtype), torch.randn(576, 1536).to(dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        left_MK @ right_KN
+        times.append(time.perf_counter() - start)
+    return 2 * 1024 * 576 * 1536 / sorted(times)[2]
+
+
+def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage, float]:
+    """Seconds for each of the stages, to within a factor of about two: 2 FLOP a parameter and token forward, 6 to train."""
+    cache = Path(config.cache_dir).expanduser()
+    info = read_model(
+        teacher_folder(config.teacher.path, config.teacher.revision, cache, config.teacher.trust_remote_code),
+        config.teacher.trust_remote_code,
+    )
+    teacher = num_parameters(info, info.shape)
+    given = {
+        name: value
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        if (value := getattr(config.prune, name)) is not None
+    }
+    student = num_parameters(info, with_sizes(info.shape, given))
+    student = min(student, int(config.prune.max_parameters or student))
+    speed = _flops_per_second(resolve_dtype(config.compute_dtype))
+    length, layers = config.data.sequence_length, info.shape.num_hidden_layers
+    score = 2 * teacher * config.score.num_sequences * length
+    if config.score.depth is DepthCriterion.greedy_kl and config.prune.removed_layers is None:
+        removed = layers - (config.prune.num_hidden_layers or config.score.max_removed_layers or layers // 2)
+        score += removed * layers * teacher * config.score.greedy_sequences * length
+    evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
+    flops = {
+        Stage.score: score / FORWARD_EFFICIENCY,
+        Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
+        Stage.evaluate: evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
+    }
+    seconds = {stage: OVERHEAD_SECONDS + flops.get(stage, 0.0) / speed for stage in stages}
+    if Stage.tokenize in seconds:
+        seconds[Stage.tokenize] += sum(
+            Path(file).stat().st_size
+            for split in (config.data.train, config.data.calibration, config.data.validation)
+            for source in split
+            for file in glob.glob(str(Path(resolve(source.path, cache)).expanduser()))
+            if Path(file).is_file()
+        ) / TEXT_BYTES_PER_SECOND  # fmt: skip
+    return seconds

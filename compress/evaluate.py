@@ -1,0 +1,150 @@
+"""Stage evaluate: teacher against pruned against distilled, on every validation set, and on the machine's clock."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from compress.artifacts import read_json, write_json
+from compress.config import CompressConfig, set_name
+from compress.embedded import resolve
+from compress.errors import ArtifactError, ConfigError
+from compress.export import folder_name as export_folder
+from compress.folders import teacher_folder
+from compress.metrics import generation_speed, language_modelling
+from compress.models import load_model, load_tokenizer
+from compress.parallel import resolve_dtype
+from compress.progress import track
+from compress.tokens import TokenSet
+
+log = logging.getLogger(__name__)
+METRICS = "metrics.json"
+
+
+def folder_name(config: CompressConfig) -> str:
+    """`evaluate`, or `evaluate-step-16` beside `export-step-16`."""
+    return "evaluate" if config.export.step is None else f"evaluate-step-{config.export.step}"
+
+
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Write evaluate/metrics.json; its form is in the README and stays."""
+    trust = config.teacher.trust_remote_code
+    teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
+    folders = {
+        "teacher": teacher,
+        "pruned": Path(config.distill.init_from) if config.distill.init_from else run_dir / "prune",
+        "distilled": run_dir / export_folder(config),
+    }
+    dtype = resolve_dtype(config.compute_dtype)
+    models = {name: load_model(folder, dtype, trust).eval() for name, folder in folders.items()}
+    metrics: dict[str, Any] = {
+        name: {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights_bytes": sum(f.stat().st_size for f in folders[name].glob("*.safetensors") if f.name != "kept.safetensors"),
+            "sets": {},
+        }
+        for name, model in models.items()
+    }
+    for source in config.data.validation:
+        name = set_name(source)
+        for model, figures in _one_set(config, run_dir, name, models).items():
+            metrics[model]["sets"][name] = figures
+    sets = [set_name(source) for source in config.data.validation]
+    loss = {model: {s: metrics[model]["sets"][s]["loss"] for s in sets} for model in models}
+    metrics["excess_loss"] = {s: loss["distilled"][s] - loss["teacher"][s] for s in sets}
+    metrics["gap_closed"] = {s: _share(loss["pruned"][s] - loss["distilled"][s], loss["pruned"][s] - loss["teacher"][s]) for s in sets}
+    prompt = torch.tensor([load_tokenizer(teacher, trust)("The history of the city begins")["input_ids"]])
+    compared = {name: models[name] for name in ("teacher", "distilled")}
+    speeds = generation_speed(compared, prompt, config.evaluate.generate_tokens)
+    for model, speed in speeds.items():
+        metrics[model]["tokens_per_second"] = speed
+    if config.evaluate.lm_eval:
+        from compress.lm_eval import multiple_choice
+
+        for name in models:
+            metrics[name]["tasks"] = multiple_choice(config, folders[name], dtype)
+    write_json(run_dir / folder_name(config) / METRICS, metrics)
+
+
+def _share(part: float, whole: float) -> float | None:
+    """None where there was no gap to close."""
+    return part / whole if whole > 0 else None
+
+
+def _one_set(
+    config: CompressConfig, run_dir: Path, name: str, models: dict[str, PreTrainedModel]
+) -> dict[str, dict[str, float]]:
+    tokens = TokenSet.open(run_dir / "tokens" / "validation" / name)
+    wanted = tokens.num_sequences
+    if config.evaluate.max_tokens is not None:
+        wanted = min(wanted, max(1, int(config.evaluate.max_tokens) // tokens.sequence_length))
+    # Evenly spread, so that a part stands for the whole set and not for its beginning.
+    chosen = [i * tokens.num_sequences // wanted for i in range(wanted)]
+    size = config.evaluate.micro_batch_size
+    groups = [chosen[i : i + size] for i in range(0, wanted, size)]
+    batches = (tokens.batch(group) for group in groups)
+    return language_modelling(
+        models,
+        track(batches, f"evaluating on {name}", len(groups), "tok", lambda batch: batch.input_ids.numel()),
+    )
+
+
+def preflight(config: CompressConfig) -> None:
+    """With lm-eval asked for, raise before any long work when it isn't installed or its data isn't there."""
+    if not config.evaluate.lm_eval:
+        return
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ConfigError("evaluate.lm_eval=true needs lm-eval: pip install 'compress[lm-eval]'") from None
+    items = Path(resolve(config.evaluate.lm_eval_path, Path(config.cache_dir).expanduser())).expanduser()
+    if not items.is_file():
+        raise ConfigError(f"evaluate.lm_eval_path={items} is not there; give a jsonl of question, choices, label")
+    row = json.loads(items.open().readline() or "{}")
+    if not {"question", "choices", "label"} <= row.keys():
+        raise ConfigError(f"evaluate.lm_eval_path={items}: rows need question, choices and label, found {sorted(row)}")
+
+
+def table(config: CompressConfig, run_dir: Path) -> Table:
+    """The results as a person reads them."""
+    path = run_dir / folder_name(config) / METRICS
+    metrics = read_json(path)
+    try:
+        return _table(metrics)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} lacks {error}; delete {path.parent} and run stage=evaluate again") from error
+
+
+def _table(metrics: dict[str, Any]) -> Table:
+    result = Table(title="teacher, pruned, distilled", title_justify="left")
+    result.add_column("")
+    for name in ("teacher", "pruned", "distilled"):
+        result.add_column(name, justify="right")
+    models = [metrics[name] for name in ("teacher", "pruned", "distilled")]
+
+    def row(label: str, form: str, values: list[Any], end: bool = False) -> None:
+        result.add_row(label, *["-" if v is None else form.format(v) for v in values], end_section=end)
+
+    row("parameters", "{:,}", [m["parameters"] for m in models])
+    row("weights, MB", "{:.1f}", [m["weights_bytes"] / 1e6 for m in models])
+    row("generation, tokens/s", "{:.1f}", [m.get("tokens_per_second") for m in models], end=True)
+    for name in metrics["excess_loss"]:
+        sets = [m["sets"][name] for m in models]
+        row(f"{name}: loss, nats/token", "{:.4f}", [s["loss"] for s in sets])
+        row("  perplexity", "{:.2f}", [s["perplexity"] for s in sets])
+        row("  KL to the teacher, nats/token", "{:.4f}", [s["kl_to_teacher"] for s in sets])
+        row("  top-1 agreement", "{:.1%}", [s["top1_agreement"] for s in sets])
+        row("  excess loss", "{:.4f}", [None, sets[1]["loss"] - sets[0]["loss"], metrics["excess_loss"][name]])
+        row("  gap closed", "{:.1%}", [None, None, metrics["gap_closed"][name]], end=True)
+    for task in models[0].get("tasks", {}):
+        scores = [m["tasks"][task] for m in models]
+        row(f"{task}: accuracy (n={scores[0]['num_items']})", "{:.1%}", [s["accuracy"] for s in scores])
+        row("  standard error", "{:.1%}", [s["standard_error"] for s in scores])
+        row("  length-normalised accuracy", "{:.1%}", [s["accuracy_normalized"] for s in scores], end=True)
+    return result

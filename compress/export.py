@@ -1,0 +1,68 @@
+"""Stage export: the trained student as a Hugging Face folder that loads anywhere, checked by loading it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from compress import checkpoint
+from compress.artifacts import building_folder, open_permissions, replace_contents
+from compress.config import CompressConfig
+from compress.errors import ArtifactError
+from compress.folders import teacher_folder
+from compress.models import load_model
+from compress.parallel import resolve_dtype
+from compress.slicing import copy_companions
+
+log = logging.getLogger(__name__)
+
+
+def folder_name(config: CompressConfig) -> str:
+    """`export`, or `export-step-16` for a step asked for by number: that one may be made while training goes on."""
+    return "export" if config.export.step is None else f"export-step-{config.export.step}"
+
+
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Write the newest committed step (or export.step) as a folder whose reloaded logits equal the trained student's.
+
+    Raises ArtifactError when there is no whole checkpoint, the step isn't kept, or the reloaded folder differs.
+    """
+    trust = config.teacher.trust_remote_code
+    teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
+    pruned = Path(config.distill.init_from) if config.distill.init_from else run_dir / "prune"
+    found = checkpoint.newest(run_dir / "distill" / "checkpoints", config.export.step)
+    if found is None:
+        raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
+    path, facts = found
+    model = load_model(pruned, torch.float32, trust)
+    checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
+    dtype = resolve_dtype(config.export.dtype)
+    for parameter in model.eval().parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    target = run_dir / folder_name(config)
+    with building_folder(run_dir / f".{target.name}-new") as folder:
+        model.save_pretrained(folder)
+        copy_companions(teacher, folder, trust)
+        open_permissions(folder)
+        _check_reloaded(folder, model, trust)
+    replace_contents(run_dir / f".{target.name}-new", target)
+    log.info("exported step %d (%d tokens) to %s", facts["step"], facts["tokens"], target)
+
+
+@torch.inference_mode()
+def _check_reloaded(folder: Path, model: torch.nn.Module, trust_remote_code: bool) -> None:
+    """Every tensor and the logits of a fresh strict load must equal the trained student's, bit for bit."""
+    again = load_model(folder, next(model.parameters()).dtype, trust_remote_code).eval()
+    ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    wrong = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
+    wrong += [name for name in ours.keys() & theirs.keys() if not torch.equal(ours[name], theirs[name])]
+    ids = torch.arange(32)[None] % again.config.vocab_size
+    same = torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    if wrong or not same:
+        raise ArtifactError(
+            f"{folder}: the reloaded model differs from the trained one (tensors {sorted(wrong)[:3]}, logits "
+            f"{'equal' if same else 'differ'}); please report this"
+        )

@@ -1,0 +1,101 @@
+"""Figures of quality and speed: what a student says against its teacher, on the same tokens."""
+
+# N loss tokens of a micro-batch, C tokens of a chunk, V vocabulary, M models
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.errors import NumericalError
+from compress.step import trunk
+from compress.tokens import TokenBatch
+
+CHUNK_TOKENS = 256
+
+
+@dataclass
+class _Sums:
+    loss: float = 0.0
+    kl: float = 0.0
+    agreement: float = 0.0
+
+
+@torch.inference_mode()
+def language_modelling(
+    models: Mapping[str, PreTrainedModel], batches: Iterable[TokenBatch], teacher: str = "teacher"
+) -> dict[str, dict[str, float]]:
+    """For each model, over the loss tokens of the batches: loss (nats per token), perplexity, kl_to_teacher (nats per
+    token, KL(teacher || model)), top1_agreement (share of tokens at which both rank the same token first), num_tokens.
+
+    All models see the same micro-batch in turn, so the teacher runs once; logits exist for 256 tokens at a time and
+    their softmax is in float32. Raises NumericalError for a model whose loss isn't finite, or when there is no token.
+    """
+    sums = {name: _Sums() for name in models}
+    count = 0
+    for batch in batches:
+        mask = batch.loss_mask
+        label_N = torch.roll(batch.input_ids, -1, 1)[mask]
+        hidden = {name: trunk(model, batch)[mask] for name, model in models.items()}
+        count += len(label_N)
+        for start in range(0, len(label_N), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            log_p_CV = _log_probabilities(models[teacher], hidden[teacher][chunk])
+            p_CV, best_C = log_p_CV.exp(), log_p_CV.argmax(-1)
+            for name, model in models.items():
+                log_q_CV = log_p_CV if name == teacher else _log_probabilities(model, hidden[name][chunk])
+                into = sums[name]
+                into.loss -= log_q_CV.gather(1, label_N[chunk, None]).sum(dtype=torch.float64).item()
+                if name != teacher:  # against itself it is 0 and 1
+                    into.kl += (p_CV * (log_p_CV - log_q_CV)).sum(dtype=torch.float64).item()
+                into.agreement += (log_q_CV.argmax(-1) == best_C).sum().item()
+    if count == 0:
+        raise NumericalError("there is no loss token to evaluate on; give the validation set more text")
+    result = {}
+    for name, total in sums.items():
+        loss = total.loss / count
+        if not math.isfinite(loss):
+            raise NumericalError(f"the loss of {name} is {loss}: its weights or its numerics are broken")
+        result[name] = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "kl_to_teacher": total.kl / count,
+            "top1_agreement": total.agreement / count,
+            "num_tokens": count,
+        }
+    return result
+
+
+def _log_probabilities(model: PreTrainedModel, hidden_CD: Tensor) -> Tensor:
+    return torch.log_softmax((hidden_CD @ model.lm_head.weight.T).float(), -1)
+
+
+@torch.inference_mode()
+def generation_speed(
+    models: Mapping[str, PreTrainedModel], prompt: Tensor, num_tokens: int, repeats: int = 3
+) -> dict[str, float]:
+    """Tokens per second of greedy generation of `num_tokens` after `prompt` (1, P), with the cache, prefill included.
+
+    The models take turns, and each one's median counts, so that a busy machine slows all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):  # the first round warms up
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                min_new_tokens=num_tokens,
+                max_new_tokens=num_tokens,
+                pad_token_id=0,
+            )
+            seconds[name].append(time.perf_counter() - start)
+    return {name: num_tokens / statistics.median(times[1:]) for name, times in seconds.items()}

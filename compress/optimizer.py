@@ -1,0 +1,125 @@
+"""Optimizers over local shards, and the learning rate's schedule.
+
+AdamW is elementwise, so each rank steps the shard it owns as a plain tensor: no DTensor dispatch. Muon needs whole
+matrices and is therefore refused beyond one shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from compress.errors import ConfigError
+
+
+def learning_rate_factor(step: int, max_steps: int, warmup_steps: int, min_ratio: float) -> float:
+    """Multiplier for the step numbered from 0: linear warm-up, then cosine down to min_ratio at the last step."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class LocalOptimizer:
+    """AdamW, or Muon for the layers' matrices with AdamW for the rest, on the local part of every parameter.
+
+    Args:
+        named_parameters: (name, DTensor or plain parameter), float32; the names key the state in checkpoints.
+        muon: train two-dimensional weights under `.layers.` by Muon (orthogonalised momentum, as in torch.optim.Muon).
+            Embedding, head, norms and biases always train by AdamW.
+
+    Raises ConfigError when Muon is asked for and a matrix is split over ranks.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        muon: bool,
+        learning_rate: float,
+        muon_learning_rate: float,
+        betas: tuple[float, float],
+        epsilon: float,
+        weight_decay: float,
+    ) -> None:
+        self.parameters = dict(named_parameters)
+        self.local = {name: nn.Parameter(_local(p.detach())) for name, p in self.parameters.items()}
+        matrices = [n for n, p in self.parameters.items() if muon and p.ndim == 2 and ".layers." in n]
+        if any(self.local[n].shape != self.parameters[n].shape for n in matrices):
+            raise ConfigError("distill.optimizer=muon needs whole matrices on each rank; use adamw on several ranks")
+        rest = [n for n in self.parameters if n not in set(matrices)]
+        groups = [
+            {"params": [self.local[n] for n in rest if self.parameters[n].ndim >= 2], "weight_decay": weight_decay},
+            {"params": [self.local[n] for n in rest if self.parameters[n].ndim < 2], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            self.optimizers.append(
+                torch.optim.Muon([self.local[n] for n in matrices], lr=muon_learning_rate, weight_decay=weight_decay)
+            )
+        self._base = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+
+    def step(self, factor: float, max_gradient_norm: float) -> tuple[float, float]:
+        """Clip the global gradient norm, update at `factor` times the learning rates, free the gradients.
+
+        Returns (gradient norm before clipping, learning rate of AdamW). A norm that is not finite is returned before
+        anything changes: the caller decides.
+        """
+        for name, parameter in self.parameters.items():
+            self.local[name].grad = None if parameter.grad is None else _local(parameter.grad)
+        norm = nn.utils.get_total_norm([p.grad for p in self.local.values() if p.grad is not None])
+        rate = self._base[0][0] * factor
+        if not torch.isfinite(norm):
+            return norm.item(), rate
+        nn.utils.clip_grads_with_norm_(self.local.values(), max_gradient_norm, norm)
+        for optimizer, base in zip(self.optimizers, self._base, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+            optimizer.step()
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.local[name].grad = None
+        return norm.item(), rate
+
+    def state(self) -> dict[str, Tensor]:
+        """Every state tensor under `parameter name/state name`, sharded as its parameter; made when there is none yet.
+
+        A checkpoint is loaded into these tensors in place.
+        """
+        found: dict[str, Tensor] = {}
+        for optimizer in self.optimizers:
+            for name, local in self.local.items():
+                if not any(local is p for group in optimizer.param_groups for p in group["params"]):
+                    continue
+                state = optimizer.state[local]
+                if not state:  # as the first step() of each would: step count 0, moments 0
+                    if isinstance(optimizer, torch.optim.AdamW):
+                        state["step"] = torch.zeros((), dtype=torch.float32)
+                        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(local), torch.zeros_like(local)
+                    else:
+                        state["momentum_buffer"] = torch.zeros_like(local)
+                for key, value in state.items():
+                    found[f"{name}/{key}"] = _like(value, self.parameters[name])
+        return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, split over the ranks as `parameter` is; scalars stay as they are."""
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,83 @@
+"""Where the computation runs: the process group, FSDP2, and the compute dtype.
+
+One process in this version, but the student already lives under `fully_shard` on a mesh of one, so that more ranks
+change the mesh and not the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from compress.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _measured_dtype() -> torch.dtype:
+    """bfloat16 where one of its products is faster than float32's, which on a CPU depends on AMX or AVX512-BF16."""
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+        times = []
+        for _ in range(4):  # the first one also packs and compiles
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times[1:])
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    chosen = torch.bfloat16 if ratio > 1 else torch.float32
+    log.info("compute_dtype=auto: a bfloat16 product is %.1fx float32's speed here, so %s", ratio, str(chosen)[6:])
+    return chosen
+
+
+def resolve_dtype(choice: str) -> torch.dtype:
+    """The dtype of activations and products for compute_dtype=auto|bfloat16|float32; master weights stay float32."""
+    return _measured_dtype() if choice == "auto" else getattr(torch, choice)
+
+
+def refuse_several_ranks() -> None:
+    """Raise ConfigError under a launcher that started more than one process."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ConfigError(f"WORLD_SIZE={world}: this version runs one process; start it without torchrun, or with 1 rank")
+
+
+@contextlib.contextmanager
+def single_process_mesh() -> Iterator[DeviceMesh]:
+    """A device mesh of one process (gloo), over a process group that exists only inside the block."""
+    refuse_several_ranks()
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2 in place: one unit per decoder layer, the rest (embedding, norm, head) with the root.
+
+    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32.
+    """
+    mixed = compute_dtype != torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
+    )
+    # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -1,0 +1,300 @@
+"""The stages in their order, and what a run folder allows: run what is missing, skip what is done, refuse what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from compress import distill, evaluate, export, prune, score, tokenize
+from compress.artifacts import (
+    ERROR,
+    FORMAT_VERSION,
+    MANIFEST,
+    STARTED,
+    fingerprint,
+    fingerprint_path,
+    read_json,
+    run_lock,
+    write_json,
+)
+from compress.config import CompressConfig, DepthCriterion, Stage
+from compress.embedded import resolve
+from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
+from compress.estimate import estimate_seconds
+from compress.folders import teacher_folder
+from compress.parallel import refuse_several_ranks
+from compress.progress import console
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEntry:
+    """One row of the stage table.
+
+    `reads` are the settings that change the result, by dotted key; what only changes speed, memory or logging (micro
+    batches, workers, threads, checkpoint interval) is not among them.
+    """
+
+    run: Callable[[CompressConfig, Path], None]
+    after: tuple[Stage, ...]
+    reads: tuple[str, ...]
+    folder: Callable[[CompressConfig], str]
+
+
+_TRAINING = (
+    "num_tokens global_batch_size temperature optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
+    "warmup_steps weight_decay beta1 beta2 epsilon max_gradient_norm"
+)
+STAGES: dict[Stage, StageEntry] = {
+    Stage.tokenize: StageEntry(
+        tokenize.run,
+        (),
+        ("data.sequence_length", "data.loss_on", "data.append_eos", "data.records_per_shard", "data.train",
+         "data.calibration", "data.validation"),
+        lambda _: "tokens",
+    ),
+    Stage.score: StageEntry(
+        score.run,
+        (Stage.tokenize,),
+        ("teacher", "compute_dtype", "score.num_sequences", "score.sequence_aggregation", "score.batch_aggregation",
+         "score.depth", "score.greedy_sequences", "score.max_removed_layers"),
+        lambda _: "score",
+    ),
+    Stage.prune: StageEntry(prune.run, (Stage.score,), ("teacher", "prune", "shape"), lambda _: "prune"),
+    Stage.distill: StageEntry(
+        distill.run,
+        (Stage.tokenize, Stage.prune),
+        ("teacher", "seed", "compute_dtype", "distill.init_from", *(f"distill.{key}" for key in _TRAINING.split())),
+        lambda _: "distill",
+    ),
+    Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export.folder_name),
+    Stage.evaluate: StageEntry(
+        evaluate.run,
+        (Stage.tokenize, Stage.export),
+        ("teacher", "compute_dtype", "evaluate.max_tokens", "evaluate.generate_tokens", "evaluate.lm_eval",
+         "evaluate.lm_eval_items", "evaluate.lm_eval_path"),
+        evaluate.folder_name,
+    ),
+}  # fmt: skip
+
+
+def run(config: CompressConfig) -> None:
+    """Run config.stage, or every stage in order; each is skipped when done and refused when done with other settings.
+
+    Everything that can be refused is refused before the first stage starts. Raises CompressError.
+    """
+    run_dir = Path(config.run_dir)
+    if config.stage is Stage.status:
+        console.print(status(config))
+        return
+    refuse_several_ranks()
+    chosen = list(STAGES) if config.stage is Stage.all else [config.stage]
+    expected = expectations(config)
+    todo = [stage for stage in chosen if not _is_done(config, stage, expected[stage])]
+    _check_upstream(config, chosen, todo)
+    if set(todo) - {Stage.export}:
+        prune.preflight(config)
+        evaluate.preflight(config)
+    for stage in chosen:
+        if stage not in todo:
+            log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))
+    if todo:
+        estimated = estimate_seconds(config, todo)
+        log.info("will run %s: about %s in all, into %s", ", ".join(todo), _duration(sum(estimated.values())), run_dir)
+    for stage in todo:
+        _run_stage(config, run_dir, stage, expected[stage])
+    if Stage.evaluate in chosen:
+        console.print(evaluate.table(config, run_dir))
+    if Stage.evaluate in chosen or Stage.export in chosen:
+        pruned = config.distill.init_from or run_dir / "prune"
+        console.print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", highlight=False)
+
+
+def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:
+    entry = STAGES[stage]
+    folder = run_dir / entry.folder(config)
+    with run_lock(run_dir, folder.name):
+        if _is_done(config, stage, expected):  # another process finished it since we looked
+            return
+        log.info("%s: starting", stage)
+        began = time.time()
+        write_json(folder / STARTED, expected)
+        try:
+            entry.run(config, run_dir)
+        except CompressError as error:
+            if not isinstance(error, ArtifactError):  # a full disk could not take the note either
+                write_json(folder / ERROR, {"error": str(error), "time": time.time()})
+            raise
+        seconds = time.time() - began
+        manifest = {**expected, "seconds": seconds, "versions": _versions(), "config": _plain(config)}
+        write_json(folder / MANIFEST, manifest)
+        (folder / STARTED).unlink(missing_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+    log.info("%s: done in %s", stage, _duration(seconds))
+
+
+def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
+    """What each stage's manifest must say for this config: its settings, its input files, and a fingerprint of both.
+
+    A stage's fingerprint holds those of the stages before it, so all of them are known before anything runs.
+    """
+    trust, cache = config.teacher.trust_remote_code, Path(config.cache_dir).expanduser()
+    teacher = teacher_folder(config.teacher.path, config.teacher.revision, cache, trust)
+    plain = _plain(config)
+    files: dict[Stage, dict[str, str]] = {stage: {} for stage in STAGES}
+    files[Stage.tokenize]["the teacher's tokenizer"] = _tokenizer_fingerprint(teacher)
+    for split in ("train", "calibration", "validation"):
+        for source in getattr(config.data, split):
+            files[Stage.tokenize][f"data.{split}: {source.path}"] = _source_fingerprint(source.path, cache)
+    teacher_fingerprint = fingerprint_path(teacher)
+    for stage in (Stage.score, Stage.prune, Stage.distill, Stage.evaluate):
+        files[stage]["the teacher's files"] = teacher_fingerprint
+    if config.distill.init_from:
+        files[Stage.distill]["distill.init_from's files"] = fingerprint_path(Path(config.distill.init_from))
+    result: dict[Stage, dict[str, Any]] = {}
+    for stage, entry in STAGES.items():
+        reads = entry.reads
+        if stage is Stage.score and config.score.depth is DepthCriterion.greedy_kl:
+            reads += ("prune.num_hidden_layers", "prune.removed_layers")  # they say how far it goes
+        settings = {key: _look_up(plain, key) for key in reads}
+        upstream = {
+            before.value: result[before]["fingerprint"]
+            for before in entry.after
+            if not (before is Stage.prune and config.distill.init_from)
+        }
+        facts = {"format_version": FORMAT_VERSION, "settings": settings, "files": files[stage], "upstream": upstream}
+        result[stage] = {**facts, "fingerprint": fingerprint(facts)}
+    return result
+
+
+def _is_done(config: CompressConfig, stage: Stage, expected: dict[str, Any]) -> bool:
+    """True when the manifest is there and equal. Raises ArtifactError when it, or a half-done stage, is of other settings."""
+    folder = Path(config.run_dir) / STAGES[stage].folder(config)
+    for name, done in ((MANIFEST, True), (STARTED, False)):
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            if found.get("fingerprint") == expected["fingerprint"]:
+                return done
+            raise ArtifactError(
+                f"{folder} was {'made' if done else 'begun'} with other settings: {_differences(found, expected)}. "
+                f"Give this run another name=, or delete {folder} and the stages after it"
+            )
+    return False
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    lines = []
+    for part, text in (("settings", "{} was {}, is now {}"), ("files", "{} changed"), ("upstream", "stage {} changed")):
+        old, new = found.get(part) or {}, expected[part]
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                for path, before, after in _leaves(key, old.get(key), new.get(key)):
+                    lines.append(text.format(path, before, after))
+    return "; ".join(lines) or "the format of the run folder changed"
+
+
+def _leaves(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """The differing values inside nested settings, by dotted key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            leaf
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+            for leaf in _leaves(f"{key}.{name}", old.get(name), new.get(name))
+        ]
+    return [(key, old, new)]
+
+
+def _check_upstream(config: CompressConfig, chosen: list[Stage], todo: list[Stage]) -> None:
+    """Every stage that will run has its inputs: done before, or earlier in this command."""
+    for stage in todo:
+        for before in STAGES[stage].after:
+            if before is Stage.prune and config.distill.init_from:
+                continue
+            if before is Stage.distill and config.export.step is not None:
+                continue  # a kept step exports while training goes on
+            folder = Path(config.run_dir) / STAGES[before].folder(config)
+            if before not in chosen and not (folder / MANIFEST).exists():
+                raise ConfigError(f"stage={stage} reads {folder}, which isn't done; run stage={before} or stage=all first")
+
+
+def _plain(config: CompressConfig) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        return value.value if isinstance(value, Enum) else value
+
+    plain: dict[str, Any] = convert(dataclasses.asdict(config))
+    return plain
+
+
+def _look_up(plain: dict[str, Any], key: str) -> Any:
+    value: Any = plain
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _tokenizer_fingerprint(teacher: Path) -> str:
+    patterns = "tokenizer* *.jinja special_tokens_map.json added_tokens.json vocab* merges* *.model".split()
+    files = sorted({file for pattern in patterns for file in teacher.glob(pattern) if file.is_file()})
+    return fingerprint([[file.name, fingerprint_path(file)] for file in files])
+
+
+def _source_fingerprint(path: str, cache: Path) -> str:
+    """Of the files behind a source; a hub id stands for itself (its revision is what `datasets` resolves)."""
+    local = str(Path(resolve(path, cache)).expanduser())
+    files = sorted(glob.glob(local, recursive=True))
+    return fingerprint([[Path(file).name, fingerprint_path(Path(file))] for file in files]) if files else path
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "safetensors", "datasets", "tokenizers")}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def status(config: CompressConfig) -> Table:
+    """What is done, under way and left in the run folder; reads only."""
+    run_dir = Path(config.run_dir)
+    result = Table(title=str(run_dir), title_justify="left")
+    for column in ("stage", "state", "detail", "time", "disk"):
+        result.add_column(column, justify="right" if column in ("time", "disk") else "left")
+    for stage, entry in STAGES.items():
+        folder = run_dir / entry.folder(config)
+        state, detail, seconds = "not started", "", ""
+        if (folder / MANIFEST).exists():
+            manifest = read_json(folder / MANIFEST)
+            state, seconds = "done", _duration(manifest["seconds"])
+        elif (folder / STARTED).exists():
+            began = (folder / STARTED).stat().st_mtime
+            state, seconds = "begun", _duration(max(0.0, time.time() - began)) + " ago"
+            if (folder / ERROR).exists():
+                detail = read_json(folder / ERROR)["error"]
+        if stage is Stage.distill and state == "begun":
+            detail = distill.progress_line(config, run_dir) + (f"; last error: {detail}" if detail else "")
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
+        result.add_row(stage.value, state, detail, seconds, f"{size / 1e6:,.1f} MB" if size else "")
+    if run_dir.exists():
+        result.caption = f"{shutil.disk_usage(run_dir).free / 1e9:,.1f} GB free on its disk"
+    return result
+
+
+__all__ = ["STAGES", "Interrupted", "expectations", "run", "status"]

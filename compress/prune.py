@@ -1,0 +1,231 @@
+"""Stage prune: the student's shape, from settings or a budget, and its Hugging Face folder cut from the teacher's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.architecture import EMBEDDING, PRUNABLE, ModelInfo, Shape, check_shape, num_parameters, with_sizes
+from compress.artifacts import (
+    MANIFEST,
+    STARTED,
+    building_folder,
+    disk_errors,
+    fingerprint_path,
+    save_tensors,
+    write_json,
+)
+from compress.config import CompressConfig, DepthCriterion
+from compress.depth import removal_reach
+from compress.errors import ArtifactError, ConfigError
+from compress.folders import read_model, teacher_folder
+from compress.importance import Importance, load_importance
+from compress.models import load_model
+from compress.search import Candidate, Grid, enumerate_shapes, rank
+from compress.slicing import select, slice_checkpoint
+
+log = logging.getLogger(__name__)
+KEPT = "kept.safetensors"
+REPORT = "report.json"
+NUM_REPORTED = 20  # candidates in the report; the order behind them matters to nobody
+
+
+def preflight(config: CompressConfig) -> None:
+    """Check all that the teacher's headers can tell: family, folder, shape, budget. Reads no weights, writes nothing.
+
+    Raises what `run` would raise for them, before any long work.
+    """
+    info = _teacher(config)
+    if config.prune.max_parameters is None:
+        _given_shape(config, info)
+    else:
+        enumerate_shapes(info, _grid(config, info))
+
+
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Write the student into run_dir/prune: a Hugging Face folder, kept.safetensors and report.json."""
+    info = _teacher(config)
+    importance = load_importance(
+        run_dir / "score" / "importance.safetensors", info.shape, fingerprint_path(info.folder)
+    )
+    removed, candidates = config.prune.removed_layers, None
+    if config.prune.max_parameters is None:
+        shape = _given_shape(config, info)
+    else:
+        candidates = rank(enumerate_shapes(info, _grid(config, info, importance)), importance, info.shape)
+        shape = candidates[0].shape
+        check_shape(info, shape, config.shape.multiple_of)
+        log.info("%d legal shapes within the budget; best predicted: %s", len(candidates), _sizes(shape))
+    kept = select(importance, shape, removed)
+    gone = sorted(set(range(info.shape.num_hidden_layers)) - set(kept["layers"].tolist()))
+    building = run_dir / ".prune"
+    try:
+        with building_folder(building) as folder:
+            slice_checkpoint(info, folder, kept, trust_remote_code=config.teacher.trust_remote_code)
+            save_tensors(
+                folder / KEPT, kept, {"kept": json.dumps({"format_version": 1, "teacher": asdict(info.shape)})}
+            )
+            _verify(folder, info, shape, config.teacher.trust_remote_code)
+            write_json(folder / REPORT, _report(config, info, importance, shape, gone, candidates))
+        _move_into(building, run_dir / "prune")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _teacher(config: CompressConfig) -> ModelInfo:
+    trust = config.teacher.trust_remote_code
+    folder = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
+    return read_model(folder, trust)
+
+
+def _given_sizes(config: CompressConfig) -> dict[str, int]:
+    return {name: getattr(config.prune, name) for name in PRUNABLE if getattr(config.prune, name) is not None}
+
+
+def _given_shape(config: CompressConfig, info: ModelInfo) -> Shape:
+    """The teacher's shape with the given sizes; layers also by prune.removed_layers. Raises ConfigError if illegal."""
+    sizes = _given_sizes(config)
+    total = info.shape.num_hidden_layers
+    removed = config.prune.removed_layers
+    if removed is not None:
+        if len(set(removed)) != len(removed) or not set(removed) <= set(range(total)) or len(removed) == total:
+            raise ConfigError(
+                f"prune.removed_layers={removed} must be distinct layers within 0 and {total - 1}, and not all of them"
+            )
+        if sizes.setdefault("num_hidden_layers", total - len(removed)) != total - len(removed):
+            raise ConfigError(
+                f"prune.num_hidden_layers={sizes['num_hidden_layers']} contradicts prune.removed_layers, which leaves "
+                f"{total - len(removed)} of {total}; give one of the two"
+            )
+    shape = with_sizes(info.shape, sizes)
+    check_shape(info, shape, config.shape.multiple_of)
+    if shape == info.shape:
+        raise ConfigError(
+            "prune.* leaves the teacher as it is; set one of "
+            f"{', '.join(f'prune.{name}' for name in PRUNABLE)}, or prune.max_parameters"
+        )
+    return shape
+
+
+def _grid(config: CompressConfig, info: ModelInfo, importance: Importance | None = None) -> Grid:
+    """The search's bounds. Greedy scores end somewhere: before scoring that is known from the settings."""
+    assert config.prune.max_parameters is not None
+    reach = None
+    if importance is not None:
+        reach = None if importance.removal_order is None else len(importance.removal_order)
+    elif config.score.depth == DepthCriterion.greedy_kl:
+        reach = removal_reach(
+            info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers
+        )
+    return Grid(
+        max_parameters=int(config.prune.max_parameters),
+        min_parameters_ratio=config.shape.min_parameters_ratio,
+        multiple_of=config.shape.multiple_of,
+        max_width_pruning=config.shape.max_width_pruning,
+        max_depth_pruning=config.shape.max_depth_pruning,
+        max_removed_layers=reach,
+        fixed=_given_sizes(config),
+    )
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _verify(folder: Path, info: ModelInfo, shape: Shape, trust_remote_code: bool) -> None:
+    """The folder must load strictly, in our reading and in transformers', with the parameters that were promised."""
+    assert read_model(folder, trust_remote_code).shape == shape
+    dtype = _DTYPES[info.tensors[EMBEDDING].dtype]
+    model = load_model(folder, dtype, trust_remote_code)
+    found, promised = sum(p.numel() for p in model.parameters()), num_parameters(info, shape)
+    if found != promised:
+        raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
+
+
+def _sizes(shape: Shape) -> str:
+    return " ".join(f"{name}={getattr(shape, name)}" for name in PRUNABLE)
+
+
+def _report(
+    config: CompressConfig,
+    info: ModelInfo,
+    importance: Importance,
+    shape: Shape,
+    removed: Sequence[int],
+    candidates: Sequence[Candidate] | None,
+) -> dict[str, Any]:
+    before, after = num_parameters(info, info.shape), num_parameters(info, shape)
+    report: dict[str, Any] = {
+        "family": info.family.model_type,
+        "teacher": {**asdict(info.shape), "num_parameters": before},
+        "student": {**asdict(shape), "num_parameters": after},
+        "kept_parameters_ratio": after / before,
+        "removed_layers": list(removed),
+        "choices": _choices(config, info, importance, shape, candidates is not None),
+    }
+    if candidates is not None:
+        report["max_parameters"] = int(config.prune.max_parameters or 0)
+        report["num_candidates"] = len(candidates)
+        report["candidates"] = [
+            {
+                **{name: getattr(candidate.shape, name) for name in PRUNABLE},
+                "num_parameters": candidate.num_parameters,
+                "predicted_damage": candidate.damage,
+                "damage_of": dict(candidate.parts),
+            }
+            for candidate in candidates[:NUM_REPORTED]
+        ]
+    return report
+
+
+def _choices(
+    config: CompressConfig, info: ModelInfo, importance: Importance, shape: Shape, searched: bool
+) -> dict[str, str]:
+    """For each size, where it comes from, and for the layers, by what they were chosen."""
+    given = _given_sizes(config)
+    choices = {}
+    for name in PRUNABLE:
+        value, teacher = getattr(shape, name), getattr(info.shape, name)
+        if name in given:
+            choices[name] = f"given: prune.{name}={value}"
+        elif searched:
+            choices[name] = f"best predicted within prune.max_parameters={config.prune.max_parameters:,.0f}"
+        else:
+            choices[name] = "the teacher's"
+        if searched and name in ("hidden_size", "intermediate_size") and name not in given and value != teacher:
+            choices[name] += f", a multiple of shape.multiple_of={config.shape.multiple_of}"
+        if name == "hidden_size" and info.family.hidden_divisible_by_heads and value != teacher:
+            choices[name] += (
+                f"; divisible by num_attention_heads={shape.num_attention_heads} as {info.family.title} asks"
+            )
+    if config.prune.removed_layers is not None:
+        choices["num_hidden_layers"] = f"given: prune.removed_layers={config.prune.removed_layers}"
+    elif shape.num_hidden_layers != info.shape.num_hidden_layers:
+        by = "lowest block influence" if importance.removal_order is None else "lowest KL to the teacher, one at a time"
+        choices["num_hidden_layers"] += f"; layers removed by {by}"
+    return choices
+
+
+def _move_into(building: Path, target: Path) -> None:
+    """Replace the contents of `target`, keeping what the pipeline has there; config.json comes last.
+
+    A run killed here leaves a folder without manifest, which the next run writes again.
+    """
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for old in target.iterdir():
+            if old.name in (MANIFEST, STARTED) or old.name.startswith("."):
+                continue
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+        for new in sorted(building.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(new, target / new.name)

@@ -1,0 +1,243 @@
+"""From a parameter budget to shapes: enumerate the legal ones, order them by the damage that the scores predict."""
+
+# L layers, D hidden, F intermediate, H query heads, G key-value heads
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, lcm
+
+import torch
+from torch import Tensor
+
+from compress.architecture import PRUNABLE, ModelInfo, Shape, check_shape, num_parameters, with_sizes
+from compress.errors import ConfigError
+from compress.importance import Importance, removal_cost
+from compress.slicing import select
+
+MAX_CHOICES = 32  # of one axis: a large model's grid gets coarser instead of longer
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The bounds of a search. `fixed` holds the sizes that the user gave; the rest is open."""
+
+    max_parameters: int
+    min_parameters_ratio: float = 0.9
+    multiple_of: int = 16
+    max_width_pruning: float = 0.5
+    max_depth_pruning: float = 0.5
+    max_removed_layers: int | None = None  # how far the layers' removal order goes
+    fixed: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A legal shape within the budget. `damage` is the sum of `parts`; how they are formed: `rank`."""
+
+    shape: Shape
+    num_parameters: int
+    damage: float
+    parts: Mapping[str, float]
+
+
+def enumerate_shapes(info: ModelInfo, grid: Grid) -> list[tuple[Shape, int]]:
+    """Legal shapes within [min_parameters_ratio, 1] x the budget, and their parameters.
+
+    For each number of layers, hidden size and heads only the largest intermediate size that fits is listed: with the
+    rest equal, a wider MLP keeps a superset of the units, so the narrower one is never the better.
+
+    Raises ConfigError when there is none, naming what can be reached and the nearest legal shapes.
+    """
+    fixed = dict(grid.fixed or {})
+    assert set(fixed) <= set(PRUNABLE), fixed
+    teacher, teacher_parameters = info.shape, num_parameters(info, info.shape)
+    budget = grid.max_parameters
+    if budget >= teacher_parameters:
+        raise ConfigError(
+            f"prune.max_parameters={budget:,} is not smaller than the teacher's {teacher_parameters:,}; "
+            "choose a smaller budget, or none and a shape"
+        )
+    _check_fixed(info, grid, fixed)
+    lowest = grid.min_parameters_ratio * budget
+    inside: list[tuple[Shape, int]] = []
+    below: tuple[Shape, int] | None = None
+    above: tuple[Shape, int] | None = None
+    smallest: int | None = None
+    largest = 0
+    for options in _open_shapes(info, grid, fixed):
+        # Parameters grow with the intermediate size: find the last that fits.
+        counts = [num_parameters(info, options[0]), num_parameters(info, options[-1])]
+        smallest = counts[0] if smallest is None else min(smallest, counts[0])
+        largest = max(largest, counts[1])
+        low, high = 0, len(options)  # options[:low] fit, options[high:] don't
+        while low < high:
+            middle = (low + high) // 2
+            if num_parameters(info, options[middle]) <= budget:
+                low = middle + 1
+            else:
+                high = middle
+        if low > 0:
+            fitting = options[low - 1], num_parameters(info, options[low - 1])
+            if fitting[1] >= lowest:
+                inside.append(fitting)
+            if below is None or fitting[1] > below[1]:
+                below = fitting
+        if low < len(options):
+            next_up = options[low], num_parameters(info, options[low])
+            if above is None or next_up[1] < above[1]:
+                above = next_up
+    if inside:
+        return inside
+    why = (
+        f"prune.max_parameters={budget:,} (at least {grid.min_parameters_ratio:.0%} of it used) is out of reach with "
+        f"shape.max_width_pruning={grid.max_width_pruning}, shape.max_depth_pruning={grid.max_depth_pruning}"
+        + (f", removable layers={grid.max_removed_layers}" if grid.max_removed_layers is not None else "")
+        + f", shape.multiple_of={grid.multiple_of}"
+        + (f" and the given {', '.join(f'prune.{k}={v}' for k, v in fixed.items())}" if fixed else "")
+    )
+    if smallest is None:
+        raise ConfigError(f"{why}: no shape is legal; free some of the given sizes")
+    near = "; ".join(f"{_describe(s, teacher)} with {n:,}" for s, n in (found for found in (below, above) if found))
+    raise ConfigError(f"{why}: legal shapes hold {smallest:,} to {largest:,} parameters; nearest: {near}")
+
+
+def _check_fixed(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> None:
+    """Refuse a given size that is wrong by itself, so that the message is about it and not about the budget.
+
+    Given heads are judged only as a pair: open ones can still be chosen to suit.
+    """
+    heads = {"num_attention_heads", "num_key_value_heads"}
+    judged = set(fixed) if heads <= set(fixed) else set(fixed) - heads
+    check_shape(info, with_sizes(info.shape, {name: fixed[name] for name in judged}), grid.multiple_of)
+    for name in heads & set(fixed):
+        if fixed[name] > getattr(info.shape, name):
+            raise ConfigError(f"prune.{name}={fixed[name]} is more than the teacher's {getattr(info.shape, name)}")
+
+
+def _describe(shape: Shape, teacher: Shape) -> str:
+    """The sizes that differ from the teacher's, as settings."""
+    changed = [f"prune.{n}={getattr(shape, n)}" for n in PRUNABLE if getattr(shape, n) != getattr(teacher, n)]
+    return " ".join(changed) or "the teacher's own shape"
+
+
+def _open_shapes(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> Iterator[list[Shape]]:
+    """For every choice of the other axes, the shapes over all intermediate sizes, ascending."""
+    teacher = info.shape
+    intermediates = _widths("intermediate_size", teacher.intermediate_size, grid.multiple_of, grid, fixed)
+    for heads, groups in _heads(teacher, grid, fixed):
+        step = lcm(grid.multiple_of, heads) if info.family.hidden_divisible_by_heads else grid.multiple_of
+        for hidden in _widths("hidden_size", teacher.hidden_size, step, grid, fixed):
+            if info.family.hidden_divisible_by_heads and hidden % heads:
+                continue  # the teacher's own or a given hidden size with pruned heads
+            for layers in _layers(teacher, grid, fixed):
+                sizes = {
+                    "hidden_size": hidden,
+                    "num_hidden_layers": layers,
+                    "num_attention_heads": heads,
+                    "num_key_value_heads": groups,
+                }
+                yield [with_sizes(teacher, {**sizes, "intermediate_size": width}) for width in intermediates]
+
+
+def _widths(name: str, size: int, step: int, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
+    if name in fixed:
+        return [fixed[name]]
+    lowest = max(1, ceil(size * (1 - grid.max_width_pruning)))
+    coarse = step * ceil((size - lowest) / (step * MAX_CHOICES) or 1)
+    # Multiples that are counted from zero, not from the teacher's size: they are what matrix units like.
+    return sorted({size, *range(ceil(lowest / coarse) * coarse, size, coarse)})
+
+
+def _layers(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
+    if "num_hidden_layers" in fixed:
+        return [fixed["num_hidden_layers"]]
+    total = teacher.num_hidden_layers
+    lowest = max(1, ceil(total * (1 - grid.max_depth_pruning)))
+    if grid.max_removed_layers is not None:
+        lowest = max(lowest, total - grid.max_removed_layers)
+    return list(range(lowest, total + 1))
+
+
+def _heads(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[tuple[int, int]]:
+    """(query heads, key-value heads) with the same number of query heads in every group.
+
+    Open heads go by whole groups or by whole heads of every group; each count is within max_width_pruning.
+    """
+    lowest_heads = ceil(teacher.num_attention_heads * (1 - grid.max_width_pruning))
+    lowest_groups = ceil(teacher.num_key_value_heads * (1 - grid.max_width_pruning))
+    found = []
+    for groups in range(1, teacher.num_key_value_heads + 1):
+        if groups != fixed.get("num_key_value_heads", groups):
+            continue
+        for size in range(1, teacher.group_size + 1):
+            heads = groups * size
+            if heads != fixed.get("num_attention_heads", heads):
+                continue
+            heads_free = "num_attention_heads" not in fixed and heads < lowest_heads
+            groups_free = "num_key_value_heads" not in fixed and groups < lowest_groups
+            if not (heads_free or groups_free):
+                found.append((heads, groups))
+    stride = ceil(len(found) / MAX_CHOICES)
+    return found[::-1][::stride]  # the teacher's own always stays
+
+
+def rank(shapes: Sequence[tuple[Shape, int]], importance: Importance, teacher: Shape) -> list[Candidate]:
+    """Candidates by predicted damage, least first. An order for choosing what to try, not a forecast of the loss.
+
+    Everything is put on one scale, the share of the residual stream's direction that is lost:
+
+    * layers: a removed layer turns the stream by its block influence BI = 1 - cos, which for small angles is half
+      the relative energy of what the layer adds.
+    * intermediate, heads: of a kept layer a share of that energy is lost. With e the share of squared importance that
+      is dropped (attention and MLP taken as equal halves): BI * (e_heads + e_intermediate) / 2.
+    * hidden: dropping channels with the share e of squared importance turns the stream itself by
+      1 - sqrt(1 - e), and every kept layer reads a stream that lacks e, so adds BI * e.
+
+    With a greedy removal the layers' part is the measured KL, in nats; the other parts are then scaled by the KL per
+    block influence of the first removed layer (the smallest disturbance, where KL is proportional to lost energy).
+    """
+    order, cost = removal_cost(importance)
+    scale = 1.0
+    influence_L = importance.block_influence_L.double().clamp(min=0)
+    if importance.removal_kl is not None and order:
+        scale = max(cost[0], 1e-12) / max(float(influence_L[order[0]]), 1e-12)
+    hidden_kept = _kept_share(importance.hidden_D)
+    intermediate_kept_LF = _kept_share(importance.intermediate_LF)
+    heads_lost: dict[tuple[int, int], Tensor] = {}
+    candidates = []
+    for shape, count in shapes:
+        removed = order[: teacher.num_hidden_layers - shape.num_hidden_layers]
+        assert len(removed) == teacher.num_hidden_layers - shape.num_hidden_layers, "enumerated past the removal order"
+        key = shape.num_attention_heads, shape.num_key_value_heads
+        if key not in heads_lost:
+            heads_lost[key] = _heads_lost(importance, teacher, *key)
+        stays_L = torch.ones(teacher.num_hidden_layers, dtype=torch.bool)
+        stays_L[removed] = False
+        kept_influence = influence_L[stays_L]
+        hidden_lost = 1 - float(hidden_kept[shape.hidden_size - 1])
+        mlp_lost = 1 - intermediate_kept_LF[stays_L, shape.intermediate_size - 1]
+        parts = {
+            "layers": cost[len(removed) - 1] if removed else 0.0,
+            "hidden": scale * (1 - (1 - hidden_lost) ** 0.5 + hidden_lost * float(kept_influence.sum())),
+            "intermediate": scale * float((kept_influence * mlp_lost).sum()) / 2,
+            "heads": scale * float((kept_influence * heads_lost[key][stays_L]).sum()) / 2,
+        }
+        candidates.append(Candidate(shape, count, sum(parts.values()), parts))
+    return sorted(candidates, key=lambda c: (c.damage, -c.num_parameters))
+
+
+def _kept_share(scores: Tensor) -> Tensor:
+    """Along the last dimension, at n - 1: the share of squared importance that the n best units hold."""
+    energy = scores.double().square().sort(dim=-1, descending=True).values.cumsum(-1)
+    return (energy / energy[..., -1:].clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
+
+
+def _heads_lost(importance: Importance, teacher: Shape, heads: int, groups: int) -> Tensor:
+    """The share of squared query-head importance that is lost in each of the teacher's layers; (L,)."""
+    shape = with_sizes(teacher, {"num_attention_heads": heads, "num_key_value_heads": groups})
+    kept_LH = select(importance, shape)["query_heads"]
+    energy_LH = importance.query_heads_LH.double().square()
+    total_L = energy_LH.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    return (1 - energy_LH.gather(1, kept_LH).sum(1) / total_L).clamp(min=0)
