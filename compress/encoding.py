@@ -21,7 +21,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.models import load_tokenizer
 from compress.packing import Packer
 from compress.sources import Part
-from compress.tokens import shard_metadata, write_shard
+from compress.tokens import shard_facts, write_shard
 
 log = logging.getLogger(__name__)
 SHARD_VERSION = 1  # part of every shard's fingerprint; raise it when the same settings give other bytes
@@ -97,7 +97,7 @@ def is_made(task: Task) -> bool:
     if not task.path.exists():
         return False
     try:
-        return shard_metadata(task.path).get("fingerprint") == task.fingerprint
+        return shard_facts(task.path).get("fingerprint") == task.fingerprint
     except ArtifactError as error:
         log.warning("%s; making it again", error)
         return False
@@ -129,11 +129,8 @@ def encode_shard(task: Task) -> None:
                 ids = [*ids, tokenizer.eos_token_id]
             packer.add_text(ids)
             counts.documents += 1
-    write_shard(
-        task.path,
-        packer.rows(),
-        {"fingerprint": task.fingerprint, "counts": json.dumps(dataclasses.asdict(counts), sort_keys=True)},
-    )
+    facts = {"fingerprint": task.fingerprint, "counts": dataclasses.asdict(counts)}
+    write_shard(task.path, packer.rows(), facts)
 
 
 def is_conversation(record: Any, keys: Encoding, key: str, part: Part, index: int) -> bool:

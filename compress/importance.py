@@ -80,7 +80,7 @@ class _Running:
 
 
 def aggregate_sequence(values_BTX: Tensor, valid_BT: Tensor | None, aggregation: str) -> Tensor:
-    """mean |s|, sqrt(sum s^2) or population variance over each sequence's real tokens, in float32; (B, X).
+    """mean |s|, sqrt(sum s^2) or population variance over each sequence's real tokens; (B, X), in float32 or better.
 
     `valid_BT` None means that all tokens are real. Every sequence must have a real token.
     """
@@ -89,11 +89,12 @@ def aggregate_sequence(values_BTX: Tensor, valid_BT: Tensor | None, aggregation:
         count_B1 = valid_BT.sum(1, keepdim=True)
     else:
         count_B1 = torch.full((values_BTX.shape[0], 1), values_BTX.shape[1], device=values_BTX.device)
+    dtype = torch.promote_types(values_BTX.dtype, torch.float32)
     if aggregation == "mean":
-        return torch.linalg.vector_norm(values_BTX, 1, dim=1, dtype=torch.float32) / count_B1
+        return torch.linalg.vector_norm(values_BTX, 1, dim=1, dtype=dtype) / count_B1
     if aggregation == "l2":
-        return torch.linalg.vector_norm(values_BTX, 2, dim=1, dtype=torch.float32)
-    values_BTX = values_BTX.float()
+        return torch.linalg.vector_norm(values_BTX, 2, dim=1, dtype=dtype)
+    values_BTX = values_BTX.to(dtype)
     mean_B1X = (values_BTX.sum(1) / count_B1)[:, None]
     deviation_BTX = values_BTX - mean_B1X
     if valid_BT is not None:

@@ -35,9 +35,9 @@ def _forward_kl_(student_CV: Tensor, teacher_CV: Tensor, temperature: float, nee
         log_q_RV = torch.log_softmax(student_CV[block].to(dtype).div_(temperature), -1)
         log_p_RV = torch.log_softmax(teacher_CV[block].to(dtype).div_(temperature), -1)
         p_RV = log_p_RV.exp()
-        # sum p (log p - log q): a product and a sum in one pass, without a temporary. A teacher logit of -inf has
-        # p = 0 and contributes 0, not 0 * inf.
-        log_p_RV.sub_(log_q_RV).nan_to_num_(nan=0.0, neginf=0.0)
+        # sum p (log p - log q), a product and a sum in one pass. A token that the teacher bans (logit -inf) has p = 0
+        # and log p = -inf: any finite number in its place keeps 0 * inf out.
+        log_p_RV.sub_(log_q_RV).clamp_(min=torch.finfo(dtype).min)
         loss_C[block] = torch.linalg.vecdot(p_RV, log_p_RV)
         if need_grad:
             student_CV[block] = log_q_RV.exp_().sub_(p_RV).div_(temperature)
@@ -77,8 +77,10 @@ class _ChunkedForwardKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.grads is None:
+            raise RuntimeError("distillation_loss can't be differentiated a second time: call it again")
         grad_ND, grad_VD = ctx.grads
-        del ctx.grads  # scaled in place: a second backward through the same graph must fail, not be wrong
+        ctx.grads = None  # scaled in place below
         scale = grad.item() if grad.device.type == "cpu" else grad
         return (
             None if grad_ND is None else grad_ND.mul_(scale),

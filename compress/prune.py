@@ -15,6 +15,7 @@ import torch
 
 from compress.architecture import EMBEDDING, PRUNABLE, ModelInfo, Shape, check_shape, num_parameters, with_sizes
 from compress.artifacts import (
+    ERROR,
     MANIFEST,
     STARTED,
     building_folder,
@@ -41,9 +42,13 @@ NUM_REPORTED = 20  # candidates in the report; the order behind them matters to 
 def preflight(config: CompressConfig) -> None:
     """Check all that the teacher's headers can tell: family, folder, shape, budget. Reads no weights, writes nothing.
 
-    Raises what `run` would raise for them, before any long work.
+    Raises what `run` would raise for them, before any long work. A student that was pruned elsewhere
+    (distill.init_from) needs no shape.
     """
     info = _teacher(config)
+    nothing_asked = not (_given_sizes(config) or config.prune.removed_layers or config.prune.max_parameters)
+    if config.distill.init_from and nothing_asked:
+        return
     if config.prune.max_parameters is None:
         _given_shape(config, info)
     else:
@@ -221,7 +226,7 @@ def _move_into(building: Path, target: Path) -> None:
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for old in target.iterdir():
-            if old.name in (MANIFEST, STARTED) or old.name.startswith("."):
+            if old.name in (MANIFEST, STARTED, ERROR) or old.name.startswith("."):
                 continue
             if old.is_dir():
                 shutil.rmtree(old)

@@ -179,7 +179,7 @@ def _heads(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[tuple[i
             groups_free = "num_key_value_heads" not in fixed and groups < lowest_groups
             if not (heads_free or groups_free):
                 found.append((heads, groups))
-    stride = ceil(len(found) / MAX_CHOICES)
+    stride = max(1, ceil(len(found) / MAX_CHOICES))
     return found[::-1][::stride]  # the teacher's own always stays
 
 

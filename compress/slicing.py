@@ -24,7 +24,7 @@ from compress.architecture import (
     tensor_shapes,
     with_sizes,
 )
-from compress.artifacts import disk_errors, open_tensors, save_tensors, write_json
+from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, open_tensors, save_tensors, write_json
 from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.importance import Importance, removal_cost
@@ -34,8 +34,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Weights in any format: the student has its own. Pickles and code are never copied unasked.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".pkl"}
-# These describe the teacher's sizes or shards.
-_TEACHERS_OWN = {"config.json", "params.json", "manifest.json", "started.json"}
+# These describe the teacher's sizes, or the run that made it.
+_TEACHERS_OWN = {"config.json", "params.json", MANIFEST, STARTED, ERROR}
 # Other folders of a model repository (original/, onnx/, gguf/) hold the same weights again in other formats.
 _FOLDERS = ("additional_chat_templates",)
 

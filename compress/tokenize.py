@@ -7,7 +7,6 @@ order by any number of workers, and a run that was killed makes only what is mis
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -46,7 +45,7 @@ from compress.folders import teacher_folder
 from compress.overlap import measure_overlap
 from compress.progress import duration, track
 from compress.sources import split_source
-from compress.tokens import INDEX, Rows, TokenSet, shard_metadata, shard_name, target_mask, write_index
+from compress.tokens import INDEX, Rows, TokenSet, shard_facts, shard_name, target_mask, write_index
 
 log = logging.getLogger(__name__)
 SPLITS = ("validation", "calibration", "train")  # the small ones first, so that what is wrong with them shows early
@@ -250,7 +249,7 @@ def _finish(source: Source, tokenizer: Any) -> dict[str, Any]:
     """
     counts = Counts()
     for task in source.tasks:
-        counts.add(Counts(**json.loads(shard_metadata(task.path)["counts"])))
+        counts.add(Counts(**shard_facts(task.path)["counts"]))
     length = source.tasks[0].encoding.sequence_length
     with disk_errors(source.folder):
         write_index(source.folder, length, len(tokenizer), [task.path.name for task in source.tasks])

@@ -14,6 +14,7 @@ of a shard, for its S sequences of T tokens:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,17 +68,22 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
 
-def write_shard(path: Path, rows: Rows, metadata: dict[str, str]) -> None:
-    """Write one shard atomically; `metadata` (text to text) goes into the file's header."""
+def write_shard(path: Path, rows: Rows, facts: dict[str, Any]) -> None:
+    """Write one shard atomically, with JSON `facts` in its header; the same rows and facts give the same bytes."""
     assert rows.starts[:, :1].all(), "a row begins with a document"
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in vars(rows).items()}
     tensors["loss_tokens"] = torch.from_numpy(target_mask(rows).sum(1, dtype=np.int32))
-    save_tensors(path, tensors, metadata)
+    # One entry, because safetensors writes several in another order each time.
+    save_tensors(path, tensors, {"facts": json.dumps(facts, sort_keys=True)})
 
 
-def shard_metadata(path: Path) -> dict[str, str]:
-    """The header's text of a shard. Raises ArtifactError for a missing, truncated or foreign file."""
-    return dict(open_tensors(path).metadata() or {})
+def shard_facts(path: Path) -> dict[str, Any]:
+    """What write_shard was given. Raises ArtifactError for a missing, truncated or foreign file."""
+    try:
+        facts: dict[str, Any] = json.loads((open_tensors(path).metadata() or {})["facts"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is not a shard of tokens; delete it and run the tokenize stage again") from error
+    return facts
 
 
 def write_index(folder: Path, sequence_length: int, vocab_size: int, files: Sequence[str]) -> None:

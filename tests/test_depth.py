@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     broken, batch = make_model(), make_batch()
     with torch.no_grad():
         broken.model.layers[4].mlp.up_proj.weight[:] = float("nan")
-    with pytest.raises(NumericalError, match="KL without model.layers.0 is nan"):
+    with pytest.raises(NumericalError, match=r"KL without model.layers.0 is nan"):
         greedy_layer_removal(broken, [batch], 1)
     assert not any(m._forward_pre_hooks for m in broken.modules())
 
@@ -120,5 +120,5 @@ def test_how_far_scoring_goes() -> None:
     assert removal_reach(30, 20, 12) == 12
     assert removal_reach(30, None, 12) == 12
     assert removal_reach(30, None, None) == 15
-    with pytest.raises(ConfigError, match="score.max_removed_layers=30 must be within 0 and 29"):
+    with pytest.raises(ConfigError, match=r"score.max_removed_layers=30 must be within 0 and 29"):
         removal_reach(30, None, 30)

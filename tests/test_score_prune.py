@@ -1,0 +1,254 @@
+"""The two stages on a run folder: what they write, and what they refuse before and after."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import SIZES, logits, make_batch, make_model, save_model
+
+from compress import prune, score
+from compress.architecture import num_parameters, shape_of
+from compress.artifacts import fingerprint_path
+from compress.config import (
+    CompressConfig,
+    ComputeDtype,
+    DepthCriterion,
+    PruneConfig,
+    ScoreConfig,
+    ShapeConfig,
+    TeacherConfig,
+)
+from compress.depth import greedy_layer_removal
+from compress.errors import ArchitectureError, ArtifactError, ConfigError
+from compress.folders import read_model
+from compress.importance import estimate_importance, load_importance
+from compress.models import load_model
+from compress.slicing import kept_shape, select
+from compress.tokens import Rows, TokenSet, write_index, write_shard
+
+TOKENS = 16
+
+
+def write_tokens(folder: Path, sequences: int, vocab_size: int = SIZES["vocab_size"]) -> None:
+    """Two sources with half of the sequences each."""
+    for seed, source in enumerate(("00-a", "01-b")):
+        batch = make_batch(sequences // 2, TOKENS, seed=seed)
+        starts = (batch.position_ids == 0).numpy().astype(np.uint8)
+        ids = batch.input_ids.numpy().astype(np.int32)
+        rows = Rows(ids, starts, np.ones_like(starts), np.full(len(ids), TOKENS, dtype=np.int32))
+        (folder / source).mkdir(parents=True)
+        write_shard(folder / source / "shard-00000.safetensors", rows, {})
+        write_index(folder / source, TOKENS, vocab_size, ["shard-00000.safetensors"])
+
+
+def make_config(teacher: Path, **sections: Any) -> CompressConfig:
+    config = CompressConfig(
+        teacher=TeacherConfig(path=str(teacher)),
+        compute_dtype=ComputeDtype.float32,
+        score=ScoreConfig(num_sequences=6, greedy_sequences=4, micro_batch_size=4),
+        shape=ShapeConfig(multiple_of=4),
+    )
+    return replace(config, **sections)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    folder = save_model(tmp_path / "teacher", make_model(dtype=torch.float32))
+    (folder / "LICENSE").write_text("terms")
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    write_tokens(tmp_path / "run" / "tokens" / "calibration", 8)
+    return tmp_path / "run"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+SHAPE = PruneConfig(hidden_size=36, intermediate_size=40, num_hidden_layers=3)
+
+
+def test_a_given_shape_end_to_end(teacher: Path, run_dir: Path) -> None:
+    config = make_config(teacher, prune=SHAPE)
+    prune.preflight(config)
+    score.run(config, run_dir)
+    (run_dir / "prune").mkdir()
+    (run_dir / "prune" / "started.json").write_text("{}")  # as the pipeline leaves it
+    (run_dir / "prune" / "model-00007-of-00009.safetensors").write_text("of a killed attempt")
+    prune.run(config, run_dir)
+
+    model = load_model(teacher, torch.float32)
+    tokens = TokenSet.open(run_dir / "tokens" / "calibration")
+    chosen = [0, 1, 2, 4, 5, 6]  # 6 of 8, from both sources
+    importance = estimate_importance(model, [tokens.batch(chosen)])
+    stored = load_importance(
+        run_dir / "score" / "importance.safetensors", shape_of(model.config), fingerprint_path(teacher)
+    )
+    torch.testing.assert_close(stored.intermediate_LF, importance.intermediate_LF)
+    assert (stored.num_sequences, stored.num_tokens) == (6, 6 * TOKENS)
+    assert read(run_dir / "score" / "report.json")["block_influence"] == stored.block_influence_L.tolist()
+
+    student = load_model(run_dir / "prune", torch.float32)
+    shape = shape_of(student.config)
+    assert (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers) == (36, 40, 3)
+    names = {p.name for p in (run_dir / "prune").iterdir()}
+    expected = {"config.json", "model.safetensors", "kept.safetensors", "report.json", "LICENSE", "started.json"}
+    assert names == expected | ({"generation_config.json"} & names)
+    assert not [p for p in run_dir.iterdir() if p.name.startswith(".")], "nothing half-made is left"
+    report = read(run_dir / "prune" / "report.json")
+    kept = select(stored, shape)
+    assert report["removed_layers"] == sorted(set(range(5)) - set(kept["layers"].tolist()))
+    assert report["teacher"]["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["student"]["num_parameters"] == sum(p.numel() for p in student.parameters())
+    assert report["choices"]["hidden_size"].startswith("given: prune.hidden_size=36; divisible by")
+    assert report["choices"]["num_attention_heads"] == "the teacher's"
+    assert report["choices"]["num_hidden_layers"].endswith("lowest block influence")
+    from safetensors.torch import load_file
+
+    written = load_file(run_dir / "prune" / "kept.safetensors")
+    assert {axis: index.tolist() for axis, index in written.items()} == {a: i.tolist() for a, i in kept.items()}
+    assert kept_shape(shape_of(model.config), written) == shape
+    first = logits(student, make_batch())
+    prune.run(config, run_dir)  # again: the same, nothing in the way
+    assert torch.equal(first, logits(load_model(run_dir / "prune", torch.float32), make_batch()))
+
+
+def test_greedy_depth_end_to_end(teacher: Path, run_dir: Path) -> None:
+    config = make_config(teacher, prune=PruneConfig(num_hidden_layers=3))
+    config.score.depth = DepthCriterion.greedy_kl
+    score.run(config, run_dir)
+    prune.run(config, run_dir)
+    model, tokens = load_model(teacher, torch.float32), TokenSet.open(run_dir / "tokens" / "calibration")
+    removal = greedy_layer_removal(model, [tokens.batch([0, 2, 4, 6])], 2, skip_share=score.SKIP_SHARE)
+    greedy = read(run_dir / "score" / "report.json")["greedy"]
+    assert greedy["removed_layers"] == removal.order
+    assert greedy["kl_nats_per_token"] == pytest.approx(removal.kl, rel=1e-4)
+    report = read(run_dir / "prune" / "report.json")
+    assert report["removed_layers"] == sorted(removal.order)
+    assert "KL" in report["choices"]["num_hidden_layers"]
+    further = replace(config, prune=PruneConfig(num_hidden_layers=2))
+    with pytest.raises(ConfigError, match="greedy order of the scores ends after 2"):
+        prune.run(further, run_dir)
+
+
+def test_layers_given_by_hand_are_the_ones_that_go(teacher: Path, run_dir: Path) -> None:
+    config = make_config(teacher, prune=PruneConfig(removed_layers=[4, 0]))
+    config.score.depth = DepthCriterion.greedy_kl  # not needed then, so not measured
+    score.run(config, run_dir)
+    assert "greedy" not in read(run_dir / "score" / "report.json")
+    prune.run(config, run_dir)
+    report = read(run_dir / "prune" / "report.json")
+    assert report["removed_layers"] == [0, 4]
+    assert report["choices"]["num_hidden_layers"] == "given: prune.removed_layers=[4, 0]"
+    student, whole = load_model(run_dir / "prune", torch.float32), load_model(teacher, torch.float32)
+    for name, parameter in student.model.layers[1].named_parameters():
+        assert torch.equal(parameter, whole.model.layers[2].get_parameter(name))
+
+
+@pytest.mark.parametrize("depth", list(DepthCriterion))
+def test_a_budget_end_to_end(teacher: Path, run_dir: Path, depth: DepthCriterion) -> None:
+    total = read_model(teacher)
+    budget = int(0.7 * num_parameters(total, total.shape))
+    config = make_config(teacher, prune=PruneConfig(max_parameters=budget, num_attention_heads=6))
+    config.score.depth = depth
+    prune.preflight(config)
+    score.run(config, run_dir)
+    prune.run(config, run_dir)
+    report = read(run_dir / "prune" / "report.json")
+    student = load_model(run_dir / "prune", torch.float32)
+    assert 0.9 * budget <= sum(p.numel() for p in student.parameters()) <= budget
+    damages = [candidate["predicted_damage"] for candidate in report["candidates"]]
+    assert damages == sorted(damages)
+    assert len(damages) == min(20, report["num_candidates"]) >= 3
+    best = report["candidates"][0]
+    assert all(report["student"][name] == best[name] for name in ("hidden_size", "intermediate_size", "num_parameters"))
+    assert report["student"]["num_attention_heads"] == 6
+    assert report["choices"]["num_attention_heads"] == "given: prune.num_attention_heads=6"
+    if depth is DepthCriterion.greedy_kl:
+        assert report["student"]["num_hidden_layers"] >= 3, "half of five layers were scored"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 40}, "prune.hidden_size=40 must be a multiple"),
+        ({"hidden_size": 96}, "within 1 and the teacher's 48"),
+        ({}, "leaves the teacher as it is"),
+        ({"num_hidden_layers": 5}, "leaves the teacher as it is"),
+        ({"max_parameters": 10}, "prune.max_parameters=10 .* out of reach"),
+        ({"removed_layers": [1, 1]}, r"prune.removed_layers=\[1, 1\] must be distinct"),
+        ({"removed_layers": [5]}, "within 0 and 4"),
+        ({"removed_layers": [0, 1, 2, 3, 4]}, "not all of them"),
+        ({"removed_layers": [1], "num_hidden_layers": 3}, "contradicts"),
+    ],
+)
+def test_preflight_refuses_a_bad_shape(settings: dict[str, Any], message: str, teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prune.preflight(make_config(teacher, prune=PruneConfig(**settings)))
+
+
+def test_preflight_refuses_a_bad_teacher_and_lets_a_foreign_student_pass(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not exist"):
+        prune.preflight(make_config(tmp_path / "nowhere", prune=SHAPE))
+    config = make_config(teacher)
+    config.distill.init_from = "elsewhere"
+    prune.preflight(config)
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="not a complete safetensors file"):
+        prune.preflight(make_config(teacher, prune=SHAPE))
+    content = read(teacher / "config.json")
+    (teacher / "config.json").write_text(json.dumps({**content, "model_type": "olmo2"}))
+    with pytest.raises(ArchitectureError, match="olmo2"):
+        prune.preflight(make_config(teacher, prune=SHAPE))
+
+
+@pytest.mark.parametrize("key", ["num_sequences", "greedy_sequences"])
+def test_too_little_calibration_text_says_how_much_there_is(key: str, teacher: Path, run_dir: Path) -> None:
+    config = make_config(teacher, prune=SHAPE)
+    config.score.depth = DepthCriterion.greedy_kl
+    setattr(config.score, key, 9)
+    with pytest.raises(ConfigError, match=rf"score.{key}=9, but data.calibration gives only 8 .* score.{key}=8"):
+        score.run(config, run_dir)
+    assert not (run_dir / "score").exists()
+
+
+def test_tokens_of_another_vocabulary_are_refused(teacher: Path, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "run" / "tokens" / "calibration", 8, vocab_size=98)
+    with pytest.raises(ConfigError, match=r"token ids up to 97, the teacher's vocab_size is 97"):
+        score.run(make_config(teacher, prune=SHAPE), tmp_path / "run")
+
+
+def test_a_teacher_that_changed_after_scoring_is_refused(teacher: Path, run_dir: Path) -> None:
+    config = make_config(teacher, prune=SHAPE)
+    score.run(config, run_dir)
+    save_model(teacher, make_model(dtype=torch.float32, seed=1))
+    with pytest.raises(ArtifactError, match="scored on another teacher"):
+        prune.run(config, run_dir)
+    assert not (run_dir / "prune").exists()
+
+
+def test_a_failed_prune_leaves_the_folder_as_it_was(teacher: Path, run_dir: Path) -> None:
+    config = make_config(teacher, prune=SHAPE)
+    score.run(config, run_dir)
+    prune.run(config, run_dir)
+    before = fingerprint_path(run_dir / "prune")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the weights don't fit: a full disk to the writer
+    try:
+        with pytest.raises(ArtifactError, match="disk is full"):
+            prune.run(config, run_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert fingerprint_path(run_dir / "prune") == before
+    assert not [p for p in run_dir.iterdir() if p.name.startswith(".")]

@@ -1,0 +1,94 @@
+"""The gradient of a global batch is the same for every split into micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compress.parallel import shard, single_process_mesh
+from compress.step import StudentModule, Teacher, accumulate_gradients
+from compress.tokens import TokenBatch
+
+SIZES = {"vocab_size": 61, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+
+
+def _model(hidden: int, layers: int, seed: int, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=40, num_hidden_layers=layers, tie_word_embeddings=tied, **SIZES
+    )
+    return LlamaForCausalLM(config)
+
+
+def _batch() -> TokenBatch:
+    """Eight packed rows with ragged masks; row 5 has no loss token at all."""
+    torch.manual_seed(3)
+    ids = torch.randint(0, 61, (8, 12))
+    starts = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]]).expand(8, 12).bool()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]]).expand(8, 12)
+    mask = torch.rand(8, 12) < torch.linspace(0.2, 1, 8)[:, None]
+    mask &= ~torch.roll(starts, -1, 1)
+    mask[:, -1] = False
+    mask[5] = False
+    return TokenBatch(ids, positions, mask, torch.ones_like(mask))
+
+
+def _part(batch: TokenBatch, rows: slice) -> TokenBatch:
+    return TokenBatch(*(getattr(batch, f)[rows] for f in ("input_ids", "position_ids", "loss_mask", "valid_mask")))
+
+
+def _gradients(tied: bool, size: int, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    batch = _batch()
+    with single_process_mesh() as mesh:
+        teacher = Teacher(_model(32, 3, seed=1, tied=tied).to(dtype))
+        student = StudentModule(_model(16, 2, seed=2, tied=tied), temperature=1.0)
+        shard(student, student.model.model.layers, mesh, dtype)
+        loss, count = accumulate_gradients(
+            student, teacher, [_part(batch, slice(i, i + size)) for i in range(0, 8, size)]
+        )
+        assert count == int(batch.loss_mask.sum())
+        return loss, {n: p.grad.full_tensor().clone() for n, p in student.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_gradient_is_the_same_for_every_split(tied: bool, size: int) -> None:
+    loss, gradients = _gradients(tied, 8, torch.float32)
+    split_loss, split = _gradients(tied, size, torch.float32)
+    assert split_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert (split[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_bfloat16_accumulates_in_float32() -> None:
+    """Micro-batches' gradients differ by bfloat16 rounding of each, not by a bfloat16 running sum."""
+    _, exact = _gradients(True, 8, torch.float32)
+    _, split = _gradients(True, 1, torch.bfloat16)
+    assert all(g.dtype == torch.float32 for g in split.values())
+    for name, gradient in exact.items():
+        assert (split[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+def test_gradient_equals_the_textbook_on_a_plain_model() -> None:
+    """The whole step, sharded and chunked, against autograd on full logits of unwrapped models."""
+    batch = _batch()
+    teacher, student = _model(32, 3, seed=1, tied=True), _model(16, 2, seed=2, tied=True)
+    arguments = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    log_p = torch.log_softmax(teacher(**arguments).logits[batch.loss_mask], -1).detach()
+    log_q = torch.log_softmax(student(**arguments).logits[batch.loss_mask], -1)
+    loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    loss.backward()
+    ours, gradients = _gradients(True, 2, torch.float32)
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        assert (gradients[f"model.{name}"] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def test_the_teacher_gets_no_gradient_and_no_state() -> None:
+    student = StudentModule(_model(16, 2, seed=2, tied=True), temperature=1.0)
+    teacher = Teacher(_model(32, 3, seed=1, tied=True))
+    accumulate_gradients(student, teacher, [_batch()])
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+    assert not teacher.model.training
+    assert {n for n, _ in student.named_parameters()} == {f"model.{n}" for n, _ in student.model.named_parameters()}
