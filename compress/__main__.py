@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from compress.config import conf_dir, load_config, to_config
+from compress.config import check_overrides, conf_dir, load_config, to_config
 from compress.errors import CompressError, Interrupted
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
@@ -25,10 +28,12 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        _check_command_line(sys.argv[1:])
+        sys.argv[1:] = _checked_command_line(sys.argv[1:])
+        _hydra_main()
     except CompressError as error:
         _fail(error)
-    _hydra_main()
+    except BrokenPipeError:  # as in `python -m compress --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -49,24 +54,53 @@ def _hydra_main(composed: DictConfig) -> None:
         _fail(Interrupted("stopped by Ctrl-C; what is committed is kept, and the same command goes on"))
 
 
-def _check_command_line(arguments: list[str]) -> None:
-    """Answer a typo with the key that was meant, before Hydra answers with a remedy that isn't ours."""
-    overrides, config_dir, rest = [], None, iter(arguments)
+def _checked_command_line(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the settings last, as Hydra wants them.
+
+    Raises CompressError that names the key that was meant, before Hydra answers with a remedy that isn't ours.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    config_dir, rest = None, iter(arguments)
     for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
         if argument in _WITH_VALUE:
-            value = next(rest, None)
+            options += [value := next(rest, "")]
             config_dir = value if argument in ("--config-dir", "-cd") else config_dir
         elif argument.startswith(("--config-dir=", "-cd=")):
             config_dir = argument.partition("=")[2]
-        elif argument in ("--multirun", "-m"):
-            return  # each job's settings are checked when it starts
-        elif not argument.startswith("-"):
-            overrides.append(argument)
     if config_dir is not None and not Path(config_dir).is_dir():
-        raise CompressError(f"--config-dir {config_dir} is not a folder")
-    if {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"} & set(arguments):
-        return
-    load_config(*overrides, config_dir=config_dir)
+        raise CompressError(f"--config-dir {config_dir} is not a folder; give the one that holds recipe/NAME.yaml")
+    names = {option.partition("=")[0] for option in options}
+    if names & {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}:
+        pass
+    elif names & {"--multirun", "-m"}:
+        for job in _sweep(overrides):
+            load_config(*job, config_dir=config_dir)
+    elif names & {"--cfg", "-c"}:
+        check_overrides(overrides, config_dir)
+    else:
+        load_config(*overrides, config_dir=config_dir)
+    return options + overrides
+
+
+def _sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """For each value of a sweep (`name=a,b`) the settings of a job that has it: as many as show every value once."""
+    values = []
+    for override in overrides:
+        try:
+            [parsed] = OverridesParser.create().parse_overrides([override])
+            values.append(list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [override])
+        except HydraException:  # said better by load_config
+            values.append([override])
+            continue
+        if parsed.is_sweep_override():
+            values[-1] = [f"{parsed.get_key_element()}={value}" for value in values[-1]]
+    for index in range(max(map(len, values), default=1)):
+        yield [found[min(index, len(found) - 1)] for found in values]
 
 
 def _start_logging() -> None:

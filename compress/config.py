@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from compress.errors import ConfigError
 
@@ -211,20 +218,48 @@ def _keys(node: Any, prefix: str = "") -> list[str]:
 
 def _check_override(override: str, known: list[str]) -> None:
     """Refuse keys that no dataclass has, before Hydra's own error, whose remedy (`+key=`) is not ours."""
-    key = override.partition("=")[0]
-    if key.lstrip("~+").split(".")[0].split("@")[0] in (*GROUPS, "hydra"):
+    written = override.partition("=")[0]
+    key = written.lstrip("+~")
+    top = re.split(r"[./@]", key)[0]
+    if top == "hydra":
         return
-    if key.startswith("+"):
-        raise ConfigError(f"{key}: the config is closed, so keys are set without '+'{_closest(key.lstrip('+'), known)}")
-    if key.lstrip("~") not in known:
-        raise ConfigError(f"{key.lstrip('~')}: no such key{_closest(key.lstrip('~'), known)}. All keys: python -m compress --help")
+    if written.startswith("~"):
+        raise ConfigError(f"{written}: keys can't be taken out; set {key}=VALUE, or leave it out for its default")
+    if written.startswith("+"):
+        near = f"; write {key}=" if key in known or key in GROUPS else _closest(key, known)
+        raise ConfigError(f"{written}: the config is closed, so keys are set without '+'{near}")
+    if top in GROUPS or key in known:
+        return
+    for name in known:
+        if re.match(rf"{re.escape(name)}[.\[]\d", key):
+            raise ConfigError(f"{key}: a list is set as a whole, such as {name}=[{{path: my.jsonl}}]")
+    raise ConfigError(f"{key}: no such key{_closest(key, known)}. All keys: python -m compress --help")
 
 
 def _closest(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    return f"; did you mean {' or '.join(near[:3])}" if near else ""
+
+
+def check_overrides(overrides: Sequence[str], config_dir: str | Path | None = None) -> None:
+    """Raise ConfigError for a setting of another form, an unknown key, or a recipe or cluster that isn't there."""
+    known = _keys(CompressConfig)
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigError(f"{override}: settings are written key=value; python -m compress --help lists them")
+        _check_override(override, known)
+        group, _, value = override.partition("=")
+        if group not in GROUPS:
+            continue
+        folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
+        if not any((folder / f"{value}.yaml").is_file() for folder in folders):
+            there = sorted({f.stem for folder in folders if folder.is_dir() for f in folder.glob("*.yaml")})
+            raise ConfigError(
+                f"{group}={value}: no such {group}{_closest(value, there)}; there are {', '.join(there) or 'none'}. "
+                f"Your own go into DIR/{group}/NAME.yaml with --config-dir DIR"
+            )
 
 
 def load_config(*overrides: str, config_dir: str | Path | None = None) -> CompressConfig:
@@ -232,22 +267,8 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> Compre
 
     Raises ConfigError for an unknown key or recipe, a wrong type, or a broken rule.
     """
-    known = _keys(CompressConfig)
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f"{override}: settings are written key=value; python -m compress --help lists them")
-        _check_override(override, known)
+    check_overrides(overrides, config_dir)
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    for group in GROUPS:
-        for override in overrides:
-            key, _, value = override.partition("=")
-            folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
-            if key == group and not any((folder / f"{value}.yaml").is_file() for folder in folders) and value != "null":
-                there = sorted({f.stem for folder in folders if folder.is_dir() for f in folder.glob("*.yaml")})
-                raise ConfigError(
-                    f"{group}={value}: no such {group}; there are {', '.join(there) or 'none'}. "
-                    f"Your own go into DIR/{group}/NAME.yaml with --config-dir DIR"
-                )
     try:
         if GlobalHydra.instance().is_initialized():
             composed = compose("config", overrides=[*overrides])
@@ -255,9 +276,65 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> Compre
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 composed = compose("config", overrides=[*overrides, *extra])
     except Exception as error:  # Hydra and OmegaConf raise a dozen classes here, all of them about the settings
-        cause = error.__cause__ or error
-        raise ConfigError(" ".join(str(cause).split("\n    ")[0].split())) from error
+        raise ConfigError(_explain(error)) from error
     return to_config(composed)
+
+
+def _explain(error: BaseException) -> str:
+    """Key, value and rule of what Hydra or OmegaConf refused."""
+    chain = [error]
+    while (following := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(following)
+    found = next((e for e in chain if isinstance(e, OmegaConfBaseException) and e.full_key), None)
+    if found is None:
+        return " ".join(str(error).partition("\nSee ")[0].split())  # such as a bracket that isn't closed
+    key = str(found.full_key)
+    # OmegaConf knows a key inside a list's element only from there on; Hydra's message around it has the rest.
+    outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", str(error))
+    inside = "." not in key and found.object_type is SourceConfig
+    if inside:
+        key = f"{outside[1] if outside else 'data.*'}: {key}"
+    if isinstance(found, ConfigKeyError):
+        names = [f.name for f in fields(SourceConfig)] if inside else _keys(CompressConfig)
+        return f"{key}: no such key{_closest(str(found.full_key), names)}; " + (
+            f"there are {', '.join(names)}" if inside else "all keys: python -m compress --help"
+        )
+    hint = found.ref_type
+    if is_dataclass(found.object_type):
+        hint = get_type_hints(found.object_type).get(str(found.key))
+    elif get_args(hint):
+        [hint] = get_args(_required(hint))
+    rule = _rule_of(hint)
+    if isinstance(found, InterpolationKeyError | InterpolationResolutionError) or rule is None:
+        return f"{key}: {str(found).splitlines()[0]}"
+    value = "null" if found.value is None else found.value
+    return f"{key}={value} must be {rule}"
+
+
+def _required(hint: Any) -> Any:
+    """The type without `| None`."""
+    given = [part for part in get_args(hint) if part is not type(None)]
+    return given[0] if len(given) == 1 and type(None) in get_args(hint) else hint
+
+
+def _rule_of(hint: Any) -> str | None:
+    """A setting's type in words."""
+    plain = _required(hint)
+    words = {
+        int: "a whole number, without point or exponent",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list[int]: "a list of whole numbers, such as [3,4]",
+        list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
+        SourceConfig: "a source, such as {path: my.jsonl}",
+    }
+    rule = words.get(plain)
+    if rule is None and isinstance(plain, type) and issubclass(plain, StrEnum):
+        rule = f"one of {', '.join(plain)}"
+    elif rule is None and is_dataclass(plain):
+        rule = f"a section; set its keys one by one: {', '.join(f.name for f in fields(plain))}"
+    return f"{rule}, or null" if rule and plain is not hint else rule
 
 
 def to_config(composed: DictConfig) -> CompressConfig:
@@ -267,13 +344,14 @@ def to_config(composed: DictConfig) -> CompressConfig:
         merged = OmegaConf.merge(OmegaConf.structured(CompressConfig), plain)
         missing = OmegaConf.missing_keys(merged)
         if missing:
-            raise ConfigError(f"{sorted(missing)[0]} is not set; choose a recipe= or give a value")
+            recipes = ", ".join(sorted(file.stem for file in (conf_dir() / "recipe").glob("*.yaml")))
+            raise ConfigError(
+                f"{' and '.join(sorted(missing))} must be set; give a value, or choose a recipe= that does: {recipes}, or "
+                "your own with --config-dir"
+            )
         config = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        raise ConfigError(f"{key}: no such key{_closest(key, _keys(CompressConfig))}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(_explain(error)) from error
     assert isinstance(config, CompressConfig)
     check(config)
     return config
@@ -292,17 +370,27 @@ def check(config: CompressConfig) -> None:
     for key in (
         "data.sequence_length data.records_per_shard score.num_sequences score.greedy_sequences score.micro_batch_size "
         "shape.multiple_of distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
-        "distill.keep_checkpoints distill.log_steps evaluate.micro_batch_size evaluate.lm_eval_items"
+        "distill.keep_checkpoints distill.log_steps evaluate.micro_batch_size evaluate.lm_eval_items "
+        "evaluate.generate_tokens"
     ).split():
         section, name = key.split(".")
         rule(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")
+    rule(config.threads >= 0, "threads", "must be 0 (torch's own choice) or more")
+    rule(config.data.workers >= 0, "data.workers", "must be 0 (one per core) or more")
+    rule(0 <= config.seed < 2**63, "seed", "must be within 0 and 2**63 - 1")
+    step, reach, tokens = config.export.step, config.score.max_removed_layers, config.evaluate.max_tokens
+    rule(step is None or step >= 1, "export.step", "must be at least 1, or null for the last one")
+    rule(reach is None or reach >= 1, "score.max_removed_layers", "must be at least 1, or null for half of the layers")
+    rule(tokens is None or (_positive(tokens) and tokens >= 1), "evaluate.max_tokens", "must be at least 1, or null for all")
+    rule(bool(config.run_dir), "run_dir", "is empty; give a folder")
+    rule(bool(config.teacher.path), "teacher.path", "is empty; give a Hugging Face folder, a hub id, or embedded:NAME")
     for key in (
         "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm distill.epsilon"
     ).split():
         rule(_positive(getattr(config.distill, key.split(".")[1])), key, "must be a positive number")
     rule(config.data.sequence_length >= 8, "data.sequence_length", "must be at least 8 tokens")
     rule(config.distill.warmup_steps >= 0, "distill.warmup_steps", "must be 0 or more")
-    rule(config.distill.weight_decay >= 0, "distill.weight_decay", "must be 0 or more")
+    rule(0 <= config.distill.weight_decay < math.inf, "distill.weight_decay", "must be 0 or more, and finite")
     rule(0 <= config.distill.min_learning_rate_ratio <= 1, "distill.min_learning_rate_ratio", "must be within 0 and 1")
     for key in ("beta1", "beta2"):
         rule(0 <= getattr(config.distill, key) < 1, f"distill.{key}", "must be within 0 and 1, 1 excluded")

@@ -41,13 +41,9 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     """
     settings, trust = config.distill, config.teacher.trust_remote_code
     teacher_path = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser())
-    student_path = Path(settings.init_from) if settings.init_from else run_dir / "prune"
-    data = TokenSet.open(run_dir / "tokens" / "train")
+    student_path = Path(settings.init_from).expanduser() if settings.init_from else run_dir / "prune"
+    data, order = training_order(config, run_dir)
     max_steps = num_steps(config)
-    order = SequenceOrder(
-        data.source_sizes, source_weights(config), max_steps * settings.global_batch_size, seed=config.seed
-    )
-    _refuse_empty_windows(data, order, max_steps, settings.global_batch_size)
     check_same_tokenizer(teacher_path, student_path, trust)
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
@@ -171,6 +167,14 @@ def num_steps(config: CompressConfig) -> int:
 def source_weights(config: CompressConfig) -> list[float] | None:
     weights = [source.weight for source in config.data.train]
     return None if any(w is None for w in weights) else [w for w in weights if w is not None]
+
+
+def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
+    """The training tokens and the order in which they are seen. Raises ConfigError for a step without loss tokens."""
+    data, max_steps, batch = TokenSet.open(run_dir / "tokens" / "train"), num_steps(config), config.distill.global_batch_size
+    order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
+    _refuse_empty_windows(data, order, max_steps, batch)
+    return data, order
 
 
 def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int) -> None:

@@ -38,7 +38,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
     folders = {
         "teacher": teacher,
-        "pruned": Path(config.distill.init_from) if config.distill.init_from else run_dir / "prune",
+        "pruned": Path(config.distill.init_from).expanduser() if config.distill.init_from else run_dir / "prune",
         "distilled": run_dir / export_folder(config),
     }
     dtype = resolve_dtype(config.compute_dtype)
@@ -106,9 +106,14 @@ def preflight(config: CompressConfig) -> None:
     items = Path(resolve(config.evaluate.lm_eval_path, Path(config.cache_dir).expanduser())).expanduser()
     if not items.is_file():
         raise ConfigError(f"evaluate.lm_eval_path={items} is not there; give a jsonl of question, choices, label")
-    row = json.loads(items.open().readline() or "{}")
-    if not {"question", "choices", "label"} <= row.keys():
-        raise ConfigError(f"evaluate.lm_eval_path={items}: rows need question, choices and label, found {sorted(row)}")
+    with items.open() as handle:
+        first = handle.readline()
+    try:
+        row = json.loads(first or "{}")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"evaluate.lm_eval_path={items}: its first line is no JSON ({error}); it must be jsonl") from error
+    if not isinstance(row, dict) or not {"question", "choices", "label"} <= row.keys():
+        raise ConfigError(f"evaluate.lm_eval_path={items}: rows need question, choices and label, found {first[:80]!r}")
 
 
 def table(config: CompressConfig, run_dir: Path) -> Table:

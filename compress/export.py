@@ -31,7 +31,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     """
     trust = config.teacher.trust_remote_code
     teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
-    pruned = Path(config.distill.init_from) if config.distill.init_from else run_dir / "prune"
+    pruned = Path(config.distill.init_from).expanduser() if config.distill.init_from else run_dir / "prune"
     found = checkpoint.newest(run_dir / "distill" / "checkpoints", config.export.step)
     if found is None:
         raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import logging
@@ -23,6 +24,7 @@ from compress.artifacts import (
     STARTED,
     fingerprint,
     fingerprint_path,
+    open_tensors,
     read_json,
     run_lock,
     write_json,
@@ -32,6 +34,7 @@ from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
 from compress.folders import teacher_folder
+from compress.models import check_same_tokenizer
 from compress.parallel import refuse_several_ranks
 from compress.progress import console
 
@@ -94,18 +97,20 @@ def run(config: CompressConfig) -> None:
 
     Everything that can be refused is refused before the first stage starts. Raises CompressError.
     """
-    run_dir = Path(config.run_dir)
+    run_dir = _run_dir(config)
     if config.stage is Stage.status:
         console.print(status(config))
         return
     refuse_several_ranks()
-    chosen = list(STAGES) if config.stage is Stage.all else [config.stage]
+    chosen = _chosen(config)
     expected = expectations(config)
     todo = [stage for stage in chosen if not _is_done(config, stage, expected[stage])]
-    _check_upstream(config, chosen, todo)
+    _check_upstream(config, chosen, todo, expected)
     if set(todo) - {Stage.export}:
         prune.preflight(config)
         evaluate.preflight(config)
+        if config.distill.init_from:
+            _check_student(config)
     for stage in chosen:
         if stage not in todo:
             log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))
@@ -113,12 +118,39 @@ def run(config: CompressConfig) -> None:
         estimated = estimate_seconds(config, todo)
         log.info("will run %s: about %s in all, into %s", ", ".join(todo), _duration(sum(estimated.values())), run_dir)
     for stage in todo:
+        if stage is not Stage.tokenize and Stage.distill in todo[todo.index(stage) :]:
+            distill.training_order(config, run_dir)  # refuses data that can't be trained on before the scoring, not after
         _run_stage(config, run_dir, stage, expected[stage])
     if Stage.evaluate in chosen:
         console.print(evaluate.table(config, run_dir))
     if Stage.evaluate in chosen or Stage.export in chosen:
         pruned = config.distill.init_from or run_dir / "prune"
         console.print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", highlight=False)
+
+
+def _run_dir(config: CompressConfig) -> Path:
+    return Path(config.run_dir).expanduser()
+
+
+def _chosen(config: CompressConfig) -> list[Stage]:
+    """The stages of config.stage. A student pruned elsewhere needs neither scores nor pruning."""
+    if config.stage is not Stage.all:
+        return [config.stage]
+    return [stage for stage in STAGES if not (config.distill.init_from and stage in (Stage.score, Stage.prune))]
+
+
+def _check_student(config: CompressConfig) -> None:
+    """Refuse what can be known of distill.init_from without reading its weights: before any long work."""
+    trust, student = config.teacher.trust_remote_code, Path(str(config.distill.init_from)).expanduser()
+    teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
+    if not (student / "config.json").is_file() or not list(student.glob("*.safetensors")):
+        raise ArtifactError(
+            f"distill.init_from={student} must be a Hugging Face folder with config.json and *.safetensors; "
+            "give another, or leave it out to train this run's prune folder"
+        )
+    for shard in student.glob("*.safetensors"):
+        open_tensors(shard)
+    check_same_tokenizer(teacher, student, trust)
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:
@@ -130,17 +162,17 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: di
         log.info("%s: starting", stage)
         began = time.time()
         write_json(folder / STARTED, expected)
+        (folder / ERROR).unlink(missing_ok=True)
         try:
             entry.run(config, run_dir)
         except CompressError as error:
-            if not isinstance(error, ArtifactError):  # a full disk could not take the note either
+            with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
             raise
         seconds = time.time() - began
         manifest = {**expected, "seconds": seconds, "versions": _versions(), "config": _plain(config)}
         write_json(folder / MANIFEST, manifest)
         (folder / STARTED).unlink(missing_ok=True)
-        (folder / ERROR).unlink(missing_ok=True)
     log.info("%s: done in %s", stage, _duration(seconds))
 
 
@@ -161,7 +193,10 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
     for stage in (Stage.score, Stage.prune, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
     if config.distill.init_from:
-        files[Stage.distill]["distill.init_from's files"] = fingerprint_path(Path(config.distill.init_from))
+        student = Path(config.distill.init_from).expanduser()
+        if not student.is_dir():
+            raise ArtifactError(f"distill.init_from={student} is no folder; give the Hugging Face folder of a student")
+        files[Stage.distill]["distill.init_from's files"] = fingerprint_path(student)
     result: dict[Stage, dict[str, Any]] = {}
     for stage, entry in STAGES.items():
         reads = entry.reads
@@ -180,17 +215,29 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
 
 def _is_done(config: CompressConfig, stage: Stage, expected: dict[str, Any]) -> bool:
     """True when the manifest is there and equal. Raises ArtifactError when it, or a half-done stage, is of other settings."""
-    folder = Path(config.run_dir) / STAGES[stage].folder(config)
+    folder = _run_dir(config) / STAGES[stage].folder(config)
     for name, done in ((MANIFEST, True), (STARTED, False)):
-        if (folder / name).exists():
-            found = read_json(folder / name)
-            if found.get("fingerprint") == expected["fingerprint"]:
+        if (folder / name).exists() and (done or _has_work(folder)):
+            found = _read_manifest(folder / name)
+            if found["fingerprint"] == expected["fingerprint"]:
                 return done
             raise ArtifactError(
                 f"{folder} was {'made' if done else 'begun'} with other settings: {_differences(found, expected)}. "
                 f"Give this run another name=, or delete {folder} and the stages after it"
             )
     return False
+
+
+def _has_work(folder: Path) -> bool:
+    """Whether a begun stage has left anything that other settings would mix with."""
+    return any(file.name not in (MANIFEST, STARTED, ERROR) and not file.name.startswith(".") for file in folder.iterdir())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), str):
+        raise ArtifactError(f"{path} is no manifest of this program; delete it and run its stage again")
+    return found
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
@@ -216,16 +263,19 @@ def _leaves(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     return [(key, old, new)]
 
 
-def _check_upstream(config: CompressConfig, chosen: list[Stage], todo: list[Stage]) -> None:
-    """Every stage that will run has its inputs: done before, or earlier in this command."""
+def _check_upstream(
+    config: CompressConfig, chosen: list[Stage], todo: list[Stage], expected: dict[Stage, dict[str, Any]]
+) -> None:
+    """Every stage that will run has its inputs: done before with these settings, or earlier in this command."""
     for stage in todo:
         for before in STAGES[stage].after:
-            if before is Stage.prune and config.distill.init_from:
+            if before in chosen or (before is Stage.prune and config.distill.init_from):
                 continue
+            done = _is_done(config, before, expected[before])
             if before is Stage.distill and config.export.step is not None:
                 continue  # a kept step exports while training goes on
-            folder = Path(config.run_dir) / STAGES[before].folder(config)
-            if before not in chosen and not (folder / MANIFEST).exists():
+            if not done:
+                folder = _run_dir(config) / STAGES[before].folder(config)
                 raise ConfigError(f"stage={stage} reads {folder}, which isn't done; run stage={before} or stage=all first")
 
 
@@ -273,7 +323,7 @@ def _duration(seconds: float) -> str:
 
 def status(config: CompressConfig) -> Table:
     """What is done, under way and left in the run folder; reads only."""
-    run_dir = Path(config.run_dir)
+    run_dir = _run_dir(config)
     result = Table(title=str(run_dir), title_justify="left")
     for column in ("stage", "state", "detail", "time", "disk"):
         result.add_column(column, justify="right" if column in ("time", "disk") else "left")
@@ -281,8 +331,7 @@ def status(config: CompressConfig) -> Table:
         folder = run_dir / entry.folder(config)
         state, detail, seconds = "not started", "", ""
         if (folder / MANIFEST).exists():
-            manifest = read_json(folder / MANIFEST)
-            state, seconds = "done", _duration(manifest["seconds"])
+            state, seconds = "done", _duration(float(_read_manifest(folder / MANIFEST).get("seconds", 0.0)))
         elif (folder / STARTED).exists():
             began = (folder / STARTED).stat().st_mtime
             state, seconds = "begun", _duration(max(0.0, time.time() - began)) + " ago"

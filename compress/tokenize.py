@@ -184,7 +184,7 @@ def _remove_foreign(source: Source, complete: bool) -> None:
     and the index that says all shards are there, unless they are."""
     wanted = {task.path.name for task in source.tasks} | ({INDEX} if complete else set())
     for path in source.folder.glob("*") if source.folder.is_dir() else []:
-        if path.name not in wanted:
+        if path.name not in wanted and path.is_file():
             path.unlink()
 
 

@@ -1,0 +1,423 @@
+"""Tokens per second of one distillation step: this project, a plain full-logits loop, and TRL 1.16's GKDTrainer.
+
+    python -m benchmarks.distill_step                      # from the repository's root, on a machine with nothing else
+    python -m benchmarks.distill_step --rounds 1 --steps 2 # does it run
+
+Teacher SmolLM2-135M-Instruct (bf16), student its first 20 layers (99.1 M parameters, fp32 master weights), 4 sequences
+of 512 tokens a step, bf16 compute, forward KL at temperature 1, gradient clipping at 1, AdamW, 2 threads, glibc's huge
+pages for every contender. A sequence is one document, since a plain loop has no other kind, and 511 of its tokens
+carry loss for everybody. The contenders:
+
+    ours    the code of the distill stage: StudentModule under `parallel.shard` at world size 1,
+            `accumulate_gradients`, `LocalOptimizer`
+    plain   what one writes in an hour: autocast, full logits of both models, log_softmax and F.kl_div in float32,
+            torch.optim.AdamW(fused=True), clip_grad_norm_
+    trl     GKDTrainer off-policy (lmbda=0, beta=0), bf16=True, no gradient checkpointing, in an environment of its
+            own under the cache folder, made at the first run
+
+Each runs in a process of its own per round, and the rounds are interleaved with a rotating order, so that a
+disturbance meets all of them. A figure is the median over all timed steps, min and max beside it; `ratio` divides the
+medians and its range is over the rounds. Memory is the peak of RssAnon above what the imports left. The first step's
+losses must agree to 2 %, or the contenders did not do the same work and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT, default_cache, machine, spread, write_result
+
+CONTENDERS = ("ours", "plain", "trl")
+SEQUENCES, LENGTH, LAYERS, THREADS = 4, 512, 20, 2
+LEARNING_RATE, BETAS = 1e-4, (0.9, 0.95)
+TRL_PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0")
+LOSS_TOLERANCE = 0.02
+
+
+# ---- in a worker's process --------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Seconds and loss of each step, and the peak of RssAnon above the moment it was made (after the imports)."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self._baseline = self._peak = _rss_anon()
+        self._began = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def step(self) -> None:
+        """A step is over, and with it the next one begins: batches and logging count."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._began)
+        self._began = now
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self._peak = max(self._peak, _rss_anon())
+
+    def result(self, warmup: int) -> dict[str, Any]:
+        self._stop.set()
+        self._thread.join()
+        return {
+            "seconds": self.seconds[warmup:],
+            "warmup_seconds": self.seconds[:warmup],
+            "first_loss": self.losses[0],
+            "last_loss": self.losses[-1],
+            "peak_rss_anon_bytes": self._peak - self._baseline,
+        }
+
+
+def _rss_anon() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon; this benchmark needs Linux")
+
+
+def _ours(work: Path, steps: int) -> Recorder:
+    import torch
+
+    from compress.models import load_model
+    from compress.optimizer import LocalOptimizer
+    from compress.parallel import shard, single_process_mesh
+    from compress.step import StudentModule, Teacher, accumulate_gradients
+    from compress.tokens import TokenBatch
+
+    rows = _rows(work, steps)
+    recorder = Recorder()
+    with single_process_mesh() as mesh:
+        teacher = Teacher(load_model(_teacher(work), torch.bfloat16))
+        model = load_model(work / "student", torch.float32)
+        student = StudentModule(model, temperature=1.0).train()
+        shard(student, model.model.layers, mesh, torch.bfloat16)
+        optimizer = LocalOptimizer(
+            student.named_parameters(),
+            muon=False,
+            learning_rate=LEARNING_RATE,
+            muon_learning_rate=0.01,
+            betas=BETAS,
+            epsilon=1e-8,
+            weight_decay=0.0,
+        )
+        recorder.begin()
+        for ids_BT in rows:
+            loss_mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+            loss_mask_BT[:, -1] = False
+            positions_BT = torch.arange(LENGTH).expand_as(ids_BT)
+            batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, torch.ones_like(loss_mask_BT))
+            loss, _ = accumulate_gradients(student, teacher, [batch])
+            optimizer.step(1.0, 1.0)
+            recorder.losses.append(loss)
+            recorder.step()
+    return recorder
+
+
+def _plain(work: Path, steps: int) -> Recorder:
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    rows = _rows(work, steps)
+    recorder = Recorder()
+    teacher = AutoModelForCausalLM.from_pretrained(_teacher(work), dtype=torch.bfloat16).eval().requires_grad_(False)
+    student = AutoModelForCausalLM.from_pretrained(work / "student", dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=1e-8, weight_decay=0.0, fused=True
+    )
+    recorder.begin()
+    for ids_BT in rows:
+        with torch.no_grad():
+            teacher_NV = teacher(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            student_NV = student(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = F.kl_div(
+            F.log_softmax(student_NV.float(), -1),
+            F.log_softmax(teacher_NV.float(), -1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recorder.losses.append(loss.item())
+        recorder.step()
+    return recorder
+
+
+def _trl(work: Path, steps: int) -> Recorder:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    rows = torch.cat(_rows(work, steps))
+    recorder = Recorder()
+    teacher = AutoModelForCausalLM.from_pretrained(_teacher(work), dtype=torch.bfloat16)
+    student = AutoModelForCausalLM.from_pretrained(work / "student", dtype=torch.float32)
+
+    def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids_BT = torch.tensor([record["input_ids"] for record in records])
+        ones_BT = torch.ones_like(ids_BT)
+        labels_BT = ids_BT.clone()
+        labels_BT[:, 0] = -100  # a prompt of one token: every later one is a target, as for the other contenders
+        return {
+            "input_ids": ids_BT,
+            "attention_mask": ones_BT,
+            "labels": labels_BT,
+            "prompts": ids_BT[:, :1],
+            "prompt_attention_mask": ones_BT[:, :1],
+        }
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            recorder.begin()
+
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            recorder.step()
+
+    class Recording(GKDTrainer):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            recorder.losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
+            return loss
+
+        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    arguments = GKDConfig(
+        output_dir=str(work / "trl-output"),
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        max_steps=steps,
+        per_device_train_batch_size=SEQUENCES,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        bf16=True,
+        use_cpu=True,
+        optim="adamw_torch_fused",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=LENGTH,
+        seed=0,
+    )
+    trainer = Recording(
+        model=student,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
+        data_collator=collate,
+        processing_class=AutoTokenizer.from_pretrained(_teacher(work)),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return recorder
+
+
+WORKERS: dict[str, Callable[[Path, int], Recorder]] = {"ours": _ours, "plain": _plain, "trl": _trl}
+
+
+def _rows(work: Path, steps: int) -> list[Any]:
+    """One [B, T] batch of token ids a step."""
+    from safetensors.torch import load_file
+
+    ids = load_file(work / "tokens.safetensors")["input_ids"].long()
+    return list(ids[: steps * SEQUENCES].reshape(steps, SEQUENCES, LENGTH))
+
+
+def _teacher(work: Path) -> str:
+    return (work / "teacher.txt").read_text()
+
+
+def _worker(name: str, work: Path, warmup: int, steps: int) -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    recorder = WORKERS[name](work, warmup + steps)
+    write_result(work / f"{name}.json", recorder.result(warmup))
+
+
+# ---- in the driver's process ------------------------------------------------------------------------------------
+
+
+def prepare(work: Path, cache: Path, num_rows: int) -> None:
+    """Teacher, student and token rows in `work`, made once."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compress.embedded import resolve
+
+    teacher = resolve("embedded:smollm2-135m-instruct", cache)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "teacher.txt").write_text(teacher)
+    if not (work / "student" / "config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        model.model.layers = model.model.layers[:LAYERS]
+        model.config.num_hidden_layers = LAYERS
+        model.save_pretrained(work / "student")
+    tokens = work / "tokens.safetensors"
+    if not tokens.exists() or len(load_file(tokens)["input_ids"]) < num_rows:
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        stream: list[int] = []
+        with open(resolve("embedded:boolq-train", cache)) as lines:
+            for line in lines:
+                stream += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+                if len(stream) >= num_rows * LENGTH:
+                    break
+        ids = torch.tensor(stream[: num_rows * LENGTH], dtype=torch.int32).reshape(num_rows, LENGTH)
+        save_file({"input_ids": ids}, tokens)
+
+
+def trl_python(cache: Path) -> str:
+    """The interpreter of TRL's own environment, made when it isn't there (a few hundred MB, minutes)."""
+    folder = cache / "benchmarks" / "trl-1.16.0"
+    python = folder / "bin" / "python"
+    done = folder / "installed"
+    if not done.exists():
+        print(f"making {folder} with {', '.join(TRL_PACKAGES)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *TRL_PACKAGES], check=True)
+        done.touch()
+    return str(python)
+
+
+def run_worker(python: str, name: str, work: Path, warmup: int, steps: int) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "OMP_NUM_THREADS": str(THREADS),
+        "MKL_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    (work / f"{name}.json").unlink(missing_ok=True)
+    command = [python, "-m", "benchmarks.distill_step", "--worker", name, "--work", str(work)]
+    command += ["--warmup", str(warmup), "--steps", str(steps)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"{name} failed ({result.returncode}):\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads((work / f"{name}.json").read_text())
+    return found
+
+
+def summarise(rounds: list[dict[str, dict[str, Any]]], contenders: list[str]) -> dict[str, Any]:
+    tokens = SEQUENCES * LENGTH
+    table: dict[str, Any] = {}
+    medians: dict[str, list[float]] = {}
+    for name in contenders:
+        runs = [one[name] for one in rounds]
+        speeds = [[tokens / seconds for seconds in run["seconds"]] for run in runs]
+        medians[name] = [statistics.median(speed) for speed in speeds]
+        table[name] = {
+            "tokens_per_second": spread([value for speed in speeds for value in speed]),
+            "tokens_per_second_of_rounds": medians[name],
+            "peak_rss_anon_bytes": max(run["peak_rss_anon_bytes"] for run in runs),
+            "first_loss": runs[0]["first_loss"],
+            "last_loss": runs[0]["last_loss"],
+        }
+    ratios = {}
+    for name in contenders:
+        if name != "ours" and "ours" in contenders:
+            per_round = [ours / theirs for ours, theirs in zip(medians["ours"], medians[name], strict=True)]
+            whole = (
+                table["ours"]["tokens_per_second"]["median"] / table[name]["tokens_per_second"]["median"]
+            )
+            ratios[f"ours/{name}"] = {"ratio": whole, "min": min(per_round), "max": max(per_round)}
+    return {"contenders": table, "ratios": ratios}
+
+
+def check_same_loss(summary: dict[str, Any]) -> None:
+    losses = {name: row["first_loss"] for name, row in summary["contenders"].items()}
+    if max(losses.values()) > min(losses.values()) * (1 + LOSS_TOLERANCE):
+        raise SystemExit(f"the first losses differ by more than {LOSS_TOLERANCE:.0%}: {losses}; not the same work")
+
+
+def show(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    result = Table(title=f"distillation step, {SEQUENCES}x{LENGTH} tokens, {THREADS} threads", title_justify="left")
+    for column in ("", "tokens/s", "min..max", "peak memory, GB", "first loss", "ours is"):
+        result.add_column(column, justify="left" if not column else "right")
+    for name, row in summary["contenders"].items():
+        speed, ratio = row["tokens_per_second"], summary["ratios"].get(f"ours/{name}")
+        result.add_row(
+            name,
+            f"{speed['median']:.0f}",
+            f"{speed['min']:.0f}..{speed['max']:.0f}",
+            f"{row['peak_rss_anon_bytes'] / 1e9:.2f}",
+            f"{row['first_loss']:.4f}",
+            f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}..{ratio['max']:.2f})" if ratio else "",
+        )
+    Console().print(result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="teacher, text, TRL's environment")
+    parser.add_argument("--output", type=Path, default=RESULTS / "distill_step.json")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        _worker(options.worker, options.work, options.warmup, options.steps)
+        return
+    cache = options.cache.resolve()
+    work = cache / "benchmarks" / "distill_step"
+    prepare(work, cache, (options.warmup + options.steps) * SEQUENCES)
+    pythons = {name: trl_python(cache) if name == "trl" else sys.executable for name in options.contenders}
+    before = machine()
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for number in range(options.rounds):
+        shift = number % len(options.contenders)
+        found = {}
+        for name in options.contenders[shift:] + options.contenders[:shift]:
+            found[name] = run_worker(pythons[name], name, work, options.warmup, options.steps)
+            speed = SEQUENCES * LENGTH / statistics.median(found[name]["seconds"])
+            print(f"round {number + 1} of {options.rounds}: {name} {speed:.0f} tokens/s", flush=True)
+        rounds.append(found)
+    summary = summarise(rounds, options.contenders)
+    show(summary)
+    check_same_loss(summary)
+    write_result(options.output, {"machine": before, **summary, "rounds": rounds})
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

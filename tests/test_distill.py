@@ -1,0 +1,132 @@
+"""The distill stage on a real run folder: it learns, it resumes exactly, it refuses before training what can't work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress import checkpoint, distill, pipeline
+from compress.config import CompressConfig, load_config
+from compress.errors import ConfigError
+from compress.models import load_model
+from compress.tokens import Rows, shard_facts, write_index, write_shard
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that is tokenized, scored and pruned, to be copied."""
+    folder = tmp_path_factory.mktemp("distill")
+    for stage in ("tokenize", "score", "prune"):
+        pipeline.run(_config(folder, f"stage={stage}"))
+    return folder
+
+
+def _config(folder: Path, *overrides: str) -> CompressConfig:
+    return load_config(
+        "recipe=tiny", f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}", "threads=1",
+        f"distill.num_tokens={STEPS * 8 * 128}", "compute_dtype=float32", "distill.checkpoint_steps=1",
+        "distill.keep_checkpoints=9", *overrides,
+    )  # fmt: skip
+
+
+def _copy(upstream: Path, to: Path) -> Path:
+    shutil.copytree(upstream, to, dirs_exist_ok=True)
+    return to
+
+
+def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    (shard,) = (folder / "run" / "distill" / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")
+    return load_file(shard)
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "run" / "distill" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _train(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    config = _config(folder, *overrides)
+    distill.run(config, Path(config.run_dir))
+    return _weights(folder, STEPS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_bit_identical(upstream: Path, tmp_path: Path, optimizer: str) -> None:
+    """Train 4 == train 2, lose everything after that, go on: every weight, moment and figure of the log."""
+    whole, cut = _copy(upstream, tmp_path / "whole"), _copy(upstream, tmp_path / "cut")
+    expected = _train(whole, f"distill.optimizer={optimizer}")
+    _train(cut, f"distill.optimizer={optimizer}")
+    for step in (3, 4):
+        shutil.rmtree(cut / "run" / "distill" / "checkpoints" / f"step_{step:08d}")
+    torch.manual_seed(99)
+    torch.rand(5)
+    again = _train(cut, f"distill.optimizer={optimizer}")
+    assert expected.keys() == again.keys()
+    assert any("/momentum_buffer" in k for k in expected) == (optimizer == "muon")
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, again[name]), name
+    ours, theirs = ([{k: v for k, v in row.items() if "second" not in k} for row in _rows(f)] for f in (whole, cut))
+    assert ours == theirs
+    assert [row["step"] for row in ours] == [1, 2, 3, 4]
+
+
+def test_micro_batch_size_does_not_change_the_training(upstream: Path, tmp_path: Path) -> None:
+    one, other = _copy(upstream, tmp_path / "one"), _copy(upstream, tmp_path / "other")
+    expected, again = _train(one, "distill.micro_batch_size=8"), _train(other, "distill.micro_batch_size=2")
+    for name, tensor in expected.items():
+        if name.startswith("model/"):
+            assert (tensor - again[name]).norm() <= 1e-3 * tensor.norm(), name
+    for mine, theirs in zip(_rows(one), _rows(other), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_it_learns_and_seed_and_schedule_matter(upstream: Path, tmp_path: Path) -> None:
+    folder = _copy(upstream, tmp_path / "a")
+    _train(folder)
+    rows = _rows(folder)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["tokens"] == STEPS * 8 * 128
+    other = _copy(upstream, tmp_path / "b")
+    _train(other, "seed=1")
+    assert _rows(other)[0]["loss"] != rows[0]["loss"], "another seed is another order of the text"
+
+
+def test_bfloat16_keeps_float32_master_weights(upstream: Path, tmp_path: Path) -> None:
+    folder = _copy(upstream, tmp_path / "a")
+    config = _config(folder, "compute_dtype=bfloat16", "distill.learning_rate=1e-5")
+    distill.run(config, Path(config.run_dir))
+    weights = {n.removeprefix("model/"): t for n, t in _weights(folder, STEPS).items() if n.startswith("model/")}
+    assert all(t.dtype == torch.float32 for t in weights.values())
+    start = load_model(folder / "run" / "prune", torch.float32)
+    moved = [(weights[f"model.{n}"] - p).abs().max() for n, p in start.named_parameters()]
+    assert 0 < max(moved) < 1e-4, "steps far below a bfloat16 ulp of the weights must still add up"
+
+
+def test_windows_without_loss_tokens_are_refused_before_training(upstream: Path, tmp_path: Path) -> None:
+    folder = _copy(upstream, tmp_path / "a")
+    for source in (folder / "run" / "tokens" / "train").iterdir():
+        names = sorted(path.name for path in source.glob("*.safetensors"))
+        for name in names:
+            stored = load_file(source / name)
+            arrays = {key: stored[key].numpy() for key in ("tokens", "starts", "loss", "lengths")}
+            arrays["loss"][1:] = 0
+            write_shard(source / name, Rows(**arrays), shard_facts(source / name))
+        write_index(source, 128, 512, names)
+    config = _config(folder, "distill.global_batch_size=1", "distill.micro_batch_size=1", "distill.num_tokens=1280")
+    with pytest.raises(ConfigError, match=r"distill step \d+ of 10 would have no loss token .* masked. Raise"):
+        distill.run(config, Path(config.run_dir))
+    assert not (folder / "run" / "distill").exists()
+
+
+def test_a_student_pruned_elsewhere(upstream: Path, tmp_path: Path) -> None:
+    folder = _copy(upstream, tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere"
+    (folder / "run" / "prune").rename(elsewhere)
+    _train(folder, f"distill.init_from={elsewhere}")
+    assert checkpoint.steps(folder / "run" / "distill" / "checkpoints") == [1, 2, 3, 4]
