@@ -108,8 +108,13 @@ def _start_logging() -> None:
 
     from compress.progress import console
 
-    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]", markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]", markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:  # a file or a pipe: one line a message, whatever its length
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger("compress")
     root.handlers, root.propagate = [handler], False
     root.setLevel(logging.INFO)

@@ -115,11 +115,12 @@ def _build_smollm2(folder: Path, cache_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=gguf)
     quantized = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=gguf, dtype=torch.bfloat16)
     # transformers keeps a GGUF quantizer on the model and then refuses to save it: move the weights to a fresh one.
-    config = quantized.config
+    config: Any = quantized.config
     del config.quantization_config
     config.name_or_path = ""
     config.torch_dtype = torch.bfloat16
-    model = type(quantized)(config).to(torch.bfloat16)
+    model: Any = type(quantized)(config)
+    model.to(torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig(

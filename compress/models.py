@@ -21,7 +21,7 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
     Raises ArtifactError, naming the tensors, where transformers would only warn and go on with random weights.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -31,7 +31,10 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{folder} can't be loaded by transformers: {str(error).splitlines()[0]}") from error
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if wrong:
         raise ArtifactError(
             f"{folder} doesn't fit its own config.json: "

@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from compress import distill, evaluate, export, prune, score, tokenize
@@ -36,7 +38,6 @@ from compress.estimate import estimate_seconds
 from compress.folders import teacher_folder
 from compress.models import check_same_tokenizer
 from compress.parallel import refuse_several_ranks
-from compress.progress import console
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def run(config: CompressConfig) -> None:
     """
     run_dir = _run_dir(config)
     if config.stage is Stage.status:
-        console.print(status(config))
+        _print(status(config))
         return
     refuse_several_ranks()
     chosen = _chosen(config)
@@ -122,10 +123,15 @@ def run(config: CompressConfig) -> None:
             distill.training_order(config, run_dir)  # refuses data that can't be trained on before the scoring, not after
         _run_stage(config, run_dir, stage, expected[stage])
     if Stage.evaluate in chosen:
-        console.print(evaluate.table(config, run_dir))
+        _print(evaluate.table(config, run_dir))
     if Stage.evaluate in chosen or Stage.export in chosen:
         pruned = config.distill.init_from or run_dir / "prune"
-        console.print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", highlight=False)
+        print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
+
+
+def _print(table: Table) -> None:
+    """To standard output, where nothing else goes; in a file or a pipe as wide as a table needs."""
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _run_dir(config: CompressConfig) -> Path:

@@ -27,8 +27,9 @@ from compress.tokens import TokenBatch, TokenSet
 log = logging.getLogger(__name__)
 IMPORTANCE = "importance.safetensors"
 REPORT = "report.json"
-# Lazy greedy: skips what was far too dear before. On SmolLM2-135M it removes the same layers as trying all of them.
-SKIP_SHARE = 0.7
+# Lazy greedy. On SmolLM2-135M (8 layers, 4x256 tokens): 87 trials instead of 212 and the same layers in the same order;
+# at 0.7 it was 51 trials, and one layer another (KL 0.895 instead of 0.865 once it was gone).
+SKIP_SHARE = 0.5
 
 
 def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:

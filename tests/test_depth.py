@@ -74,11 +74,11 @@ def test_skipping_dear_layers_removes_the_same_ones_with_fewer_trials() -> None:
             yield trial
 
     every = greedy_layer_removal(model, [batch], 4)
-    lazy = greedy_layer_removal(model, [batch], 4, skip_share=0.7, progress=progress)
+    lazy = greedy_layer_removal(model, [batch], 4, skip_share=0.5, progress=progress)
     assert lazy.order == every.order
     assert lazy.kl == every.kl
     assert every.num_trials == 26
-    assert lazy.num_trials < 18
+    assert lazy.num_trials < 20
     assert len(seen) == 26, "progress reaches its total, skipped candidates counted"
 
 

@@ -1,0 +1,127 @@
+"""One cache with the embedded tiny teacher, one finished run to copy from, and two ways to run: here, or as a process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Eight steps of 512 tokens in float32: every stage in about two seconds, and the same bits wherever it runs.
+FAST = (
+    "recipe=tiny",
+    "compute_dtype=float32",
+    "threads=1",
+    "data.workers=1",
+    "data.sequence_length=64",
+    "distill.num_tokens=4096",
+    "distill.checkpoint_steps=2",
+    "evaluate.max_tokens=1024",
+    "evaluate.generate_tokens=2",
+)
+Run = Callable[..., None]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds embedded:tiny and its text."""
+    from compress.embedded import resolve
+
+    folder = tmp_path_factory.mktemp("cache")
+    resolve("embedded:tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_source(cache: Path) -> Path:
+    return cache / "tiny" / "teacher"
+
+
+@pytest.fixture
+def teacher(teacher_source: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny teacher's folder, to be spoilt."""
+    return Path(shutil.copytree(teacher_source, tmp_path / "teacher"))
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(cache: Path, run_dir: Path, overrides: tuple[str, ...]) -> None:
+    from compress.config import load_config
+    from compress.pipeline import run
+
+    run(load_config(*FAST, f"run_dir={run_dir}", f"cache_dir={cache}", *overrides))
+
+
+@pytest.fixture
+def run(cache: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run(*settings): a tiny run in this process, in tmp_path/run unless run_dir= is among the settings."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: _run(cache, tmp_path / "run", overrides)
+
+
+@pytest.fixture(scope="session")
+def finished_source(cache: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """A tiny run of all stages, shared: look, don't touch."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    _run(cache, folder, ())
+    return folder
+
+
+@pytest.fixture
+def finished(finished_source: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run in tmp_path/run, where `run` and `command` go on with it."""
+    return Path(shutil.copytree(finished_source, tmp_path / "run"))
+
+
+def arguments(cache: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "compress", *FAST, f"run_dir={run_dir}", f"cache_dir={cache}", *overrides]
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds this checkout from any folder, with one thread and a terminal wide enough to read."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "250", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """command(*arguments): `python -m compress` as a process of its own, in tmp_path."""
+
+    def start(*overrides: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "compress", *overrides],
+            cwd=tmp_path, env={**environment(), **environ}, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def spawn(cache: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """spawn(*settings): the same tiny run as `run`, left running; killed at the test's end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*overrides: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            arguments(cache, tmp_path / "run", *overrides),
+            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
