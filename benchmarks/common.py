@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.config import CompressConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,3 +48,53 @@ def machine() -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def start_as_the_makefile_does() -> None:
+    """Start this process anew with huge pages for large tensors, which the C library reads at start only."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def fingerprint_of(config: CompressConfig, stage: str = "evaluate") -> str:
+    """What the pipeline will write into the stage's manifest: settings, input files, and every stage before it."""
+    from compress.config import Stage
+    from compress.pipeline import expectations
+
+    found: str = expectations(config)[Stage(stage)]["fingerprint"]
+    return found
+
+
+def share_stages(config: CompressConfig, source: Path, stages: Sequence[str] = ("tokens", "score")) -> list[str]:
+    """Hard-link finished stage folders of another run that this run would make just so; returns their names.
+
+    Whether it would is what the manifests say. The pipeline replaces files and never writes into one, so a link can't
+    carry a change from one run to another.
+    """
+    shared = []
+    for folder in stages:
+        manifest, target = source / folder / "manifest.json", Path(config.run_dir) / folder
+        stage = "tokenize" if folder == "tokens" else folder
+        if target.exists() or not manifest.exists():
+            continue
+        if json.loads(manifest.read_text())["fingerprint"] != fingerprint_of(config, stage):
+            continue
+        partial = target.with_name(f".{folder}.linking")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source / folder, partial, copy_function=os.link)
+        partial.rename(target)
+        shared.append(folder)
+    return shared
+
+
+def stage_seconds(run_dir: Path, stage: str) -> float:
+    seconds: float = json.loads((run_dir / stage / "manifest.json").read_text())["seconds"]
+    return seconds
+
+
+def load_rows(path: Path) -> dict[str, Any]:
+    """The finished rows of a result file by name; none when there is no file yet."""
+    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return rows

@@ -351,9 +351,7 @@ def summarise(rounds: list[dict[str, dict[str, Any]]], contenders: list[str]) ->
     for name in contenders:
         if name != "ours" and "ours" in contenders:
             per_round = [ours / theirs for ours, theirs in zip(medians["ours"], medians[name], strict=True)]
-            whole = (
-                table["ours"]["tokens_per_second"]["median"] / table[name]["tokens_per_second"]["median"]
-            )
+            whole = table["ours"]["tokens_per_second"]["median"] / table[name]["tokens_per_second"]["median"]
             ratios[f"ours/{name}"] = {"ratio": whole, "min": min(per_round), "max": max(per_round)}
     return {"contenders": table, "ratios": ratios}
 
@@ -381,7 +379,7 @@ def show(summary: dict[str, Any]) -> None:
             f"{row['first_loss']:.4f}",
             f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}..{ratio['max']:.2f})" if ratio else "",
         )
-    Console().print(result)
+    Console(width=120).print(result)
 
 
 def main() -> None:

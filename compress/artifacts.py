@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -61,6 +62,15 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove_stale(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it; each path has one writer at a time, who holds its lock."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` in one step: a reader, or the next run after a kill, sees the old file or the new one."""
     payload = data.encode() if isinstance(data, str) else data
@@ -68,6 +78,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path)
             temporary.write_bytes(payload)
             _fsync(temporary)
             os.replace(temporary, path)
@@ -97,8 +108,7 @@ def building_folder(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        _remove_stale(path)
         temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         temporary.mkdir()
         try:
@@ -122,6 +132,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path)
             try:
                 save_file(tensors, temporary, metadata=metadata)
             except Exception as error:

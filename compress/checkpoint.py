@@ -38,7 +38,9 @@ def save(folder: Path, step: int, state: dict[str, Tensor], facts: dict[str, Any
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.save({**state, RNG: torch.get_rng_state()}, storage_writer=writer, no_dist=not dist.is_initialized())
+                dcp.save(
+                    {**state, RNG: torch.get_rng_state()}, storage_writer=writer, no_dist=not dist.is_initialized()
+                )
         except dcp.CheckpointException as error:  # carries what each rank raised; one rank is enough to say why
             raise next(iter(error.failures.values()))[0] from error
         write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
@@ -59,7 +61,9 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict[str, Any]]
     """
     there = steps(folder)
     if step is not None and step not in there:
-        raise ArtifactError(f"{folder}: step {step} is not kept; there are {there or 'none'}; see distill.keep_checkpoints")
+        raise ArtifactError(
+            f"{folder}: step {step} is not kept; there are {there or 'none'}; see distill.keep_checkpoints"
+        )
     for candidate in [step] if step is not None else reversed(there):
         path = folder / f"step_{candidate:08d}"
         try:
@@ -71,7 +75,9 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict[str, Any]]
             reason = str(error)
         log.warning("%s is damaged (%s); passing over it", path, reason)
     if there:
-        raise ArtifactError(f"{folder}: none of the checkpoints {there} is whole; delete the folder to train from the start")
+        raise ArtifactError(
+            f"{folder}: none of the checkpoints {there} is whole; delete the folder to train from the start"
+        )
     return None
 
 
@@ -90,7 +96,9 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
             dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise ArtifactError(f"{path} does not hold this model ({cause}); was it trained from another student?") from error
+        raise ArtifactError(
+            f"{path} does not hold this model ({cause}); was it trained from another student?"
+        ) from error
     if restore_rng:
         torch.set_rng_state(rng)
 

@@ -10,7 +10,7 @@ removed layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def reconstruct(weight_OX: Tensor, moment_XX: Tensor, kept_K: Tensor, damping: f
 
 @torch.no_grad()
 def compensated_weights(
-    model: PreTrainedModel, batches: Iterable[TokenBatch], kept: dict[str, Tensor]
+    model: PreTrainedModel, batches: Iterable[TokenBatch], kept: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Full-size replacements, by the teacher's tensor names, for every matrix that reads a pruned axis.
 
@@ -97,7 +97,7 @@ def compensated_weights(
         columns = kept_units
         if name.endswith(_readers(where)["query_heads"].rsplit(".", 1)[-1]):
             columns = (kept_units[:, None] * head_dim + torch.arange(head_dim)).flatten()
-        result[f"{name}.weight"] = reconstruct(model.get_submodule(name).weight, moments[name], columns)
+        result[f"{name}.weight"] = reconstruct(model.get_parameter(f"{name}.weight"), moments[name], columns)
     return result
 
 
@@ -109,4 +109,3 @@ def _readers(where: Taps) -> dict[str, str]:
 def _width(model: PreTrainedModel, axis: str) -> int:
     name = {"intermediate": "intermediate_size", "query_heads": "num_attention_heads"}[axis]
     return int(getattr(model.config, name))
-

@@ -110,6 +110,7 @@ class ScoreConfig:
     num_sequences: int = 64
     sequence_aggregation: Aggregation = Aggregation.mean  # Minitron's default: mean over sequence, L2 over batch
     batch_aggregation: Aggregation = Aggregation.l2
+    weighted: bool = False  # intermediate and heads times the norm of the weights that read them
     depth: DepthCriterion = DepthCriterion.block_influence
     greedy_sequences: int = 12
     max_removed_layers: int | None = None  # how far greedy_kl goes; none = half of the layers
@@ -128,6 +129,8 @@ class PruneConfig:
     num_key_value_heads: int | None = None
     max_parameters: float | None = None
     removed_layers: list[int] | None = None  # by hand, instead of the depth criterion
+    compensate: bool = False  # kept MLP channels and heads absorb what the removed ones did, by least squares
+    compensate_sequences: int = 128  # of calibration text, or as many as there are
 
 
 @dataclass
@@ -287,10 +290,21 @@ def _explain(error: BaseException) -> str:
         chain.append(following)
     found = next((e for e in chain if isinstance(e, OmegaConfBaseException) and e.full_key), None)
     if found is None:
-        return " ".join(str(error).partition("\nSee ")[0].split())  # such as a bracket that isn't closed
+        override = getattr(error, "override", None)  # one that Hydra's grammar can't parse
+        if override:
+            key, _, value = override.partition("=")
+            return (
+                f"{override}: the value can't be read; put text in quotes, '{key}=\"{value}\"', and close every bracket"
+            )
+        return " ".join(str(error).partition("\nSee ")[0].split())
+    file = re.match(r"In '((?:recipe|cluster)/[^']+)'", str(error))
+    return (f"{file[1]}.yaml: " if file else "") + _explain_key(found, str(error))
+
+
+def _explain_key(found: OmegaConfBaseException, around: str) -> str:
     key = str(found.full_key)
     # OmegaConf knows a key inside a list's element only from there on; Hydra's message around it has the rest.
-    outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", str(error))
+    outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", around)
     inside = "." not in key and found.object_type is SourceConfig
     if inside:
         key = f"{outside[1] if outside else 'data.*'}: {key}"
@@ -367,12 +381,22 @@ def check(config: CompressConfig) -> None:
                 value = getattr(value, part)
             raise ConfigError(f"{key}={value} {text}")
 
-    for key in (
-        "data.sequence_length data.records_per_shard score.num_sequences score.greedy_sequences score.micro_batch_size "
-        "shape.multiple_of distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
-        "distill.keep_checkpoints distill.log_steps evaluate.micro_batch_size evaluate.lm_eval_items "
-        "evaluate.generate_tokens"
-    ).split():
+    for key in [
+        "data.sequence_length",
+        "data.records_per_shard",
+        "score.num_sequences",
+        "score.greedy_sequences",
+        "score.micro_batch_size",
+        "shape.multiple_of",
+        "distill.global_batch_size",
+        "distill.micro_batch_size",
+        "distill.checkpoint_steps",
+        "distill.keep_checkpoints",
+        "distill.log_steps",
+        "evaluate.micro_batch_size",
+        "evaluate.lm_eval_items",
+        "evaluate.generate_tokens",
+    ]:
         section, name = key.split(".")
         rule(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")
     rule(config.threads >= 0, "threads", "must be 0 (torch's own choice) or more")
@@ -381,12 +405,20 @@ def check(config: CompressConfig) -> None:
     step, reach, tokens = config.export.step, config.score.max_removed_layers, config.evaluate.max_tokens
     rule(step is None or step >= 1, "export.step", "must be at least 1, or null for the last one")
     rule(reach is None or reach >= 1, "score.max_removed_layers", "must be at least 1, or null for half of the layers")
-    rule(tokens is None or (_positive(tokens) and tokens >= 1), "evaluate.max_tokens", "must be at least 1, or null for all")
+    rule(
+        tokens is None or (_positive(tokens) and tokens >= 1),
+        "evaluate.max_tokens",
+        "must be at least 1, or null for all",
+    )
     rule(bool(config.run_dir), "run_dir", "is empty; give a folder")
     rule(bool(config.teacher.path), "teacher.path", "is empty; give a Hugging Face folder, a hub id, or embedded:NAME")
-    for key in (
-        "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm distill.epsilon"
-    ).split():
+    for key in [
+        "distill.learning_rate",
+        "distill.muon_learning_rate",
+        "distill.temperature",
+        "distill.max_gradient_norm",
+        "distill.epsilon",
+    ]:
         rule(_positive(getattr(config.distill, key.split(".")[1])), key, "must be a positive number")
     rule(config.data.sequence_length >= 8, "data.sequence_length", "must be at least 8 tokens")
     rule(config.distill.warmup_steps >= 0, "distill.warmup_steps", "must be 0 or more")
@@ -413,13 +445,15 @@ def check(config: CompressConfig) -> None:
     if config.prune.max_parameters is not None:
         rule(_positive(config.prune.max_parameters), "prune.max_parameters", "must be a positive number")
         rule(config.prune.removed_layers is None, "prune.removed_layers", "can't be combined with prune.max_parameters")
-    for name in "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split():
+    for name in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]:
         value = getattr(config.prune, name)
         rule(value is None or value >= 1, f"prune.{name}", "must be at least 1")
     for split in ("train", "calibration", "validation"):
         sources = getattr(config.data, split)
         if not sources:
-            raise ConfigError(f"data.{split} is empty; give at least one source, such as data.{split}=[{{path: my.jsonl}}]")
+            raise ConfigError(
+                f"data.{split} is empty; give at least one source, such as data.{split}=[{{path: my.jsonl}}]"
+            )
         weights = [s.weight for s in sources]
         if any(w is not None for w in weights) and not all(w is not None and _positive(w) for w in weights):
             raise ConfigError(f"data.{split}: weights {weights} must be positive for every source, or given for none")

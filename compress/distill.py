@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from compress import checkpoint
-
 from compress.artifacts import disk_errors, write_atomic
 from compress.config import CompressConfig, Optimizer
 from compress.errors import ConfigError, Interrupted, NumericalError
@@ -88,7 +87,9 @@ def _train(
     tokens_per_step = settings.global_batch_size * data.sequence_length
 
     def save(step: int) -> None:
-        checkpoint.save(folder, step, _state(student, optimizer), {"tokens": step * tokens_per_step}, settings.keep_checkpoints)
+        checkpoint.save(
+            folder, step, _state(student, optimizer), {"tokens": step * tokens_per_step}, settings.keep_checkpoints
+        )
 
     committed = step_range.start
     with _stop_signals() as stop:
@@ -100,7 +101,9 @@ def _train(
                 for i in range(0, len(indices), settings.micro_batch_size)
             )
             loss, count = accumulate_gradients(student, teacher, micro_batches)
-            factor = learning_rate_factor(step, step_range.stop, settings.warmup_steps, settings.min_learning_rate_ratio)
+            factor = learning_rate_factor(
+                step, step_range.stop, settings.warmup_steps, settings.min_learning_rate_ratio
+            )
             norm = math.nan
             if math.isfinite(loss):
                 norm, rate = optimizer.step(factor, settings.max_gradient_norm)
@@ -123,7 +126,9 @@ def _train(
                 save(step + 1)
                 committed = step + 1
             if stop.name and not done:
-                raise Interrupted(f"{stop.name}: step {step + 1} of {step_range.stop} is saved; the same command goes on")
+                raise Interrupted(
+                    f"{stop.name}: step {step + 1} of {step_range.stop} is saved; the same command goes on"
+                )
 
 
 def _state(student: nn.Module, optimizer: LocalOptimizer) -> dict[str, Tensor]:
@@ -147,7 +152,11 @@ def _resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
 def progress_line(config: CompressConfig, run_dir: Path) -> str:
     """How far training is, for `stage=status`: step, loss, and time left at the last steps' pace."""
     metrics = run_dir / "distill" / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+    rows = (
+        [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+        if metrics.exists()
+        else []
+    )
     if not rows:
         return "no step yet"
     pace = sum(row["seconds"] for row in rows[-10:]) / len(rows[-10:])
@@ -171,7 +180,11 @@ def source_weights(config: CompressConfig) -> list[float] | None:
 
 def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
     """The training tokens and the order in which they are seen. Raises ConfigError for a step without loss tokens."""
-    data, max_steps, batch = TokenSet.open(run_dir / "tokens" / "train"), num_steps(config), config.distill.global_batch_size
+    data, max_steps, batch = (
+        TokenSet.open(run_dir / "tokens" / "train"),
+        num_steps(config),
+        config.distill.global_batch_size,
+    )
     order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
     _refuse_empty_windows(data, order, max_steps, batch)
     return data, order

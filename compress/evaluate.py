@@ -46,7 +46,9 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     metrics: dict[str, Any] = {
         name: {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "weights_bytes": sum(f.stat().st_size for f in folders[name].glob("*.safetensors") if f.name != "kept.safetensors"),
+            "weights_bytes": sum(
+                f.stat().st_size for f in folders[name].glob("*.safetensors") if f.name != "kept.safetensors"
+            ),
             "sets": {},
         }
         for name, model in models.items()
@@ -58,7 +60,9 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     sets = [set_name(source) for source in config.data.validation]
     loss = {model: {s: metrics[model]["sets"][s]["loss"] for s in sets} for model in models}
     metrics["excess_loss"] = {s: loss["distilled"][s] - loss["teacher"][s] for s in sets}
-    metrics["gap_closed"] = {s: _share(loss["pruned"][s] - loss["distilled"][s], loss["pruned"][s] - loss["teacher"][s]) for s in sets}
+    metrics["gap_closed"] = {
+        s: _share(loss["pruned"][s] - loss["distilled"][s], loss["pruned"][s] - loss["teacher"][s]) for s in sets
+    }
     prompt = torch.tensor([load_tokenizer(teacher, trust)("The history of the city begins")["input_ids"]])
     compared = {name: models[name] for name in ("teacher", "distilled")}
     speeds = generation_speed(compared, prompt, config.evaluate.generate_tokens)
@@ -84,10 +88,7 @@ def _one_set(
     wanted = tokens.num_sequences
     if config.evaluate.max_tokens is not None:
         wanted = min(wanted, max(1, int(config.evaluate.max_tokens) // tokens.sequence_length))
-    # Evenly spread, so that a part stands for the whole set and not for its beginning.
-    chosen = [i * tokens.num_sequences // wanted for i in range(wanted)]
-    size = config.evaluate.micro_batch_size
-    groups = [chosen[i : i + size] for i in range(0, wanted, size)]
+    groups = tokens.spread(wanted, config.evaluate.micro_batch_size)
     batches = (tokens.batch(group) for group in groups)
     return language_modelling(
         models,
@@ -111,7 +112,9 @@ def preflight(config: CompressConfig) -> None:
     try:
         row = json.loads(first or "{}")
     except json.JSONDecodeError as error:
-        raise ConfigError(f"evaluate.lm_eval_path={items}: its first line is no JSON ({error}); it must be jsonl") from error
+        raise ConfigError(
+            f"evaluate.lm_eval_path={items}: its first line is no JSON ({error}); it must be jsonl"
+        ) from error
     if not isinstance(row, dict) or not {"question", "choices", "label"} <= row.keys():
         raise ConfigError(f"evaluate.lm_eval_path={items}: rows need question, choices and label, found {first[:80]!r}")
 

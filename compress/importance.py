@@ -158,6 +158,7 @@ def estimate_importance(
     *,
     sequence_aggregation: str = "mean",
     batch_aggregation: str = "l2",
+    weighted: bool = False,
 ) -> Importance:
     """Scores of every axis from one forward pass of the trunk; the output head doesn't run.
 
@@ -165,6 +166,9 @@ def estimate_importance(
     and gate (as NVIDIA's code; the paper's formula taps before). query_heads: columns of o_proj's input, then L2 over
     head_dim; key_value_heads: L2 over the columns of all heads of the group. Block influence of a layer: 1 - mean
     cosine between its input and output over real tokens. A sequence is a row of a batch.
+
+    With `weighted`, the score of each column of down_proj's and o_proj's input is multiplied by the L2 norm of the
+    weights that read it: what the column adds to the residual stream, and not only how large it is.
 
     Raises NumericalError when a score isn't finite or no batch has a real token.
     """
@@ -198,6 +202,12 @@ def estimate_importance(
 
     def stack(pattern: str) -> Tensor:
         return torch.stack([score[pattern.replace("*", str(layer))] for layer in range(shape.num_hidden_layers)])
+
+    if weighted:
+        for name, values_X in score.items():
+            weight = model.get_submodule(name).weight
+            if weight.ndim == 2:
+                values_X *= torch.linalg.vector_norm(weight.to(values_X.dtype), dim=0).to(values_X.device)
 
     columns_LHd = stack(where.query_heads).unflatten(1, (shape.num_attention_heads, shape.head_dim))
     heads_LH = torch.linalg.vector_norm(columns_LHd, dim=2)

@@ -34,7 +34,12 @@ def multiple_choice(config: CompressConfig, folder: Path, dtype: torch.dtype) ->
     }
     arguments = {"pretrained": str(folder), "dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
     results = lm_eval.simple_evaluate(
-        model="hf", model_args=arguments, tasks=[task], limit=config.evaluate.lm_eval_items, batch_size=8, verbosity="ERROR"
+        model="hf",
+        model_args=arguments,
+        tasks=[task],
+        limit=config.evaluate.lm_eval_items,
+        batch_size=8,
+        verbosity="ERROR",
     )
     found = results["results"][items.stem]
     return {

@@ -51,7 +51,9 @@ def refuse_several_ranks() -> None:
     """Raise ConfigError under a launcher that started more than one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        raise ConfigError(f"WORLD_SIZE={world}: this version runs one process; start it without torchrun, or with 1 rank")
+        raise ConfigError(
+            f"WORLD_SIZE={world}: this version runs one process; start it without torchrun, or with 1 rank"
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import distill, evaluate, export, prune, score, tokenize
+from compress import checkpoint, distill, evaluate, export, prune, score, tokenize
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
@@ -26,7 +26,6 @@ from compress.artifacts import (
     STARTED,
     fingerprint,
     fingerprint_path,
-    open_tensors,
     read_json,
     run_lock,
     write_json,
@@ -35,8 +34,8 @@ from compress.config import CompressConfig, DepthCriterion, Stage
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
-from compress.folders import teacher_folder
-from compress.models import check_same_tokenizer
+from compress.folders import read_model, teacher_folder
+from compress.models import check_same_tokenizer, load_tokenizer
 from compress.parallel import refuse_several_ranks
 
 log = logging.getLogger(__name__)
@@ -72,10 +71,12 @@ STAGES: dict[Stage, StageEntry] = {
         score.run,
         (Stage.tokenize,),
         ("teacher", "compute_dtype", "score.num_sequences", "score.sequence_aggregation", "score.batch_aggregation",
-         "score.depth", "score.greedy_sequences", "score.max_removed_layers"),
+         "score.weighted", "score.depth", "score.greedy_sequences", "score.max_removed_layers"),
         lambda _: "score",
     ),
-    Stage.prune: StageEntry(prune.run, (Stage.score,), ("teacher", "prune", "shape"), lambda _: "prune"),
+    Stage.prune: StageEntry(
+        prune.run, (Stage.score,), ("teacher", "prune", "shape"), lambda _: "prune"
+    ),
     Stage.distill: StageEntry(
         distill.run,
         (Stage.tokenize, Stage.prune),
@@ -110,8 +111,7 @@ def run(config: CompressConfig) -> None:
     if set(todo) - {Stage.export}:
         prune.preflight(config)
         evaluate.preflight(config)
-        if config.distill.init_from:
-            _check_student(config)
+        _check_tokenizers(config)
     for stage in chosen:
         if stage not in todo:
             log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))
@@ -120,7 +120,9 @@ def run(config: CompressConfig) -> None:
         log.info("will run %s: about %s in all, into %s", ", ".join(todo), _duration(sum(estimated.values())), run_dir)
     for stage in todo:
         if stage is not Stage.tokenize and Stage.distill in todo[todo.index(stage) :]:
-            distill.training_order(config, run_dir)  # refuses data that can't be trained on before the scoring, not after
+            distill.training_order(
+                config, run_dir
+            )  # refuses data that can't be trained on before the scoring, not after
         _run_stage(config, run_dir, stage, expected[stage])
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
@@ -145,17 +147,20 @@ def _chosen(config: CompressConfig) -> list[Stage]:
     return [stage for stage in STAGES if not (config.distill.init_from and stage in (Stage.score, Stage.prune))]
 
 
-def _check_student(config: CompressConfig) -> None:
-    """Refuse what can be known of distill.init_from without reading its weights: before any long work."""
-    trust, student = config.teacher.trust_remote_code, Path(str(config.distill.init_from)).expanduser()
+def _check_tokenizers(config: CompressConfig) -> None:
+    """The teacher's loads, and a student from elsewhere (distill.init_from) is whole and has the same one."""
+    trust = config.teacher.trust_remote_code
     teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
-    if not (student / "config.json").is_file() or not list(student.glob("*.safetensors")):
-        raise ArtifactError(
-            f"distill.init_from={student} must be a Hugging Face folder with config.json and *.safetensors; "
-            "give another, or leave it out to train this run's prune folder"
+    if not config.distill.init_from:
+        load_tokenizer(teacher, trust)
+        return
+    student = Path(config.distill.init_from).expanduser()
+    ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
+    if ours != theirs:
+        raise ConfigError(
+            f"distill.init_from={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared id "
+            "by id, so give both the same vocabulary rows"
         )
-    for shard in student.glob("*.safetensors"):
-        open_tensors(shard)
     check_same_tokenizer(teacher, student, trust)
 
 
@@ -174,6 +179,9 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: di
         except CompressError as error:
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
+            # What is mended next is most likely a setting, so what failed binds nobody, but for checkpoints: those go on.
+            if not isinstance(error, Interrupted) and not (stage is Stage.distill and checkpoint.steps(folder / "checkpoints")):
+                (folder / STARTED).unlink(missing_ok=True)
             raise
         seconds = time.time() - began
         manifest = {**expected, "seconds": seconds, "versions": _versions(), "config": _plain(config)}
@@ -236,7 +244,9 @@ def _is_done(config: CompressConfig, stage: Stage, expected: dict[str, Any]) -> 
 
 def _has_work(folder: Path) -> bool:
     """Whether a begun stage has left anything that other settings would mix with."""
-    return any(file.name not in (MANIFEST, STARTED, ERROR) and not file.name.startswith(".") for file in folder.iterdir())
+    return any(
+        file.name not in (MANIFEST, STARTED, ERROR) and not file.name.startswith(".") for file in folder.iterdir()
+    )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -282,7 +292,9 @@ def _check_upstream(
                 continue  # a kept step exports while training goes on
             if not done:
                 folder = _run_dir(config) / STAGES[before].folder(config)
-                raise ConfigError(f"stage={stage} reads {folder}, which isn't done; run stage={before} or stage=all first")
+                raise ConfigError(
+                    f"stage={stage} reads {folder}, which isn't done; run stage={before} or stage=all first"
+                )
 
 
 def _plain(config: CompressConfig) -> dict[str, Any]:
@@ -305,7 +317,7 @@ def _look_up(plain: dict[str, Any], key: str) -> Any:
 
 
 def _tokenizer_fingerprint(teacher: Path) -> str:
-    patterns = "tokenizer* *.jinja special_tokens_map.json added_tokens.json vocab* merges* *.model".split()
+    patterns = ["tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model"]
     files = sorted({file for pattern in patterns for file in teacher.glob(pattern) if file.is_file()})
     return fingerprint([[file.name, fingerprint_path(file)] for file in files])
 
@@ -341,8 +353,9 @@ def status(config: CompressConfig) -> Table:
         elif (folder / STARTED).exists():
             began = (folder / STARTED).stat().st_mtime
             state, seconds = "begun", _duration(max(0.0, time.time() - began)) + " ago"
-            if (folder / ERROR).exists():
-                detail = read_json(folder / ERROR)["error"]
+        if state != "done" and (folder / ERROR).exists():
+            state = "begun" if state == "begun" else "failed"
+            detail = str(read_json(folder / ERROR).get("error"))
         if stage is Stage.distill and state == "begun":
             detail = distill.progress_line(config, run_dir) + (f"; last error: {detail}" if detail else "")
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0

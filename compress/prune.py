@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,24 +13,19 @@ from typing import Any
 import torch
 
 from compress.architecture import EMBEDDING, PRUNABLE, ModelInfo, Shape, check_shape, num_parameters, with_sizes
-from compress.artifacts import (
-    ERROR,
-    MANIFEST,
-    STARTED,
-    building_folder,
-    disk_errors,
-    fingerprint_path,
-    save_tensors,
-    write_json,
-)
+from compress.artifacts import building_folder, fingerprint_path, replace_contents, save_tensors, write_json
+from compress.compensation import compensated_weights
 from compress.config import CompressConfig, DepthCriterion
 from compress.depth import removal_reach
 from compress.errors import ArtifactError, ConfigError
 from compress.folders import read_model, teacher_folder
 from compress.importance import Importance, load_importance
 from compress.models import load_model
+from compress.parallel import resolve_dtype
+from compress.progress import track
 from compress.search import Candidate, Grid, enumerate_shapes, rank
-from compress.slicing import select, slice_checkpoint
+from compress.slicing import Kept, select, slice_checkpoint
+from compress.tokens import TokenSet
 
 log = logging.getLogger(__name__)
 KEPT = "kept.safetensors"
@@ -70,19 +64,36 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         check_shape(info, shape, config.shape.multiple_of)
         log.info("%d legal shapes within the budget; best predicted: %s", len(candidates), _sizes(shape))
     kept = select(importance, shape, removed)
+    replaced = _compensate(config, run_dir, info, kept) if config.prune.compensate else None
     gone = sorted(set(range(info.shape.num_hidden_layers)) - set(kept["layers"].tolist()))
     building = run_dir / ".prune"
     try:
         with building_folder(building) as folder:
-            slice_checkpoint(info, folder, kept, trust_remote_code=config.teacher.trust_remote_code)
+            slice_checkpoint(info, folder, kept, replaced=replaced, trust_remote_code=config.teacher.trust_remote_code)
             save_tensors(
                 folder / KEPT, kept, {"kept": json.dumps({"format_version": 1, "teacher": asdict(info.shape)})}
             )
             _verify(folder, info, shape, config.teacher.trust_remote_code)
             write_json(folder / REPORT, _report(config, info, importance, shape, gone, candidates))
-        _move_into(building, run_dir / "prune")
+        replace_contents(building, run_dir / "prune")
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _compensate(config: CompressConfig, run_dir: Path, info: ModelInfo, kept: Kept) -> dict[str, torch.Tensor]:
+    """Full-size replacements of the matrices that read a pruned axis, from one more pass over calibration text."""
+    trust = config.teacher.trust_remote_code
+    tokens = TokenSet.open(run_dir / "tokens" / "calibration")
+    model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
+    model.eval().requires_grad_(False)
+    size = config.score.micro_batch_size
+    count = min(tokens.num_sequences, config.prune.compensate_sequences)
+    batches = (tokens.batch(group) for group in tokens.spread(count, size))
+    return compensated_weights(
+        model,
+        track(batches, f"compensating on {count} sequences", -(-count // size), "tok", lambda b: b.input_ids.numel()),
+        kept,
+    )
 
 
 def _teacher(config: CompressConfig) -> ModelInfo:
@@ -173,6 +184,7 @@ def _report(
         "student": {**asdict(shape), "num_parameters": after},
         "kept_parameters_ratio": after / before,
         "removed_layers": list(removed),
+        "compensated": config.prune.compensate,
         "choices": _choices(config, info, importance, shape, candidates is not None),
     }
     if candidates is not None:
@@ -216,21 +228,3 @@ def _choices(
         by = "lowest block influence" if importance.removal_order is None else "lowest KL to the teacher, one at a time"
         choices["num_hidden_layers"] += f"; layers removed by {by}"
     return choices
-
-
-def _move_into(building: Path, target: Path) -> None:
-    """Replace the contents of `target`, keeping what the pipeline has there; config.json comes last.
-
-    A run killed here leaves a folder without manifest, which the next run writes again.
-    """
-    with disk_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
-        for old in target.iterdir():
-            if old.name in (MANIFEST, STARTED, ERROR) or old.name.startswith("."):
-                continue
-            if old.is_dir():
-                shutil.rmtree(old)
-            else:
-                old.unlink()
-        for new in sorted(building.iterdir(), key=lambda f: f.name == "config.json"):
-            os.replace(new, target / new.name)

@@ -34,9 +34,7 @@ SKIP_SHARE = 0.5
 
 def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:
     """That many sequences, evenly spread over all calibration sources, a micro-batch at a time."""
-    chosen = [index * tokens.num_sequences // num_sequences for index in range(num_sequences)]
-    for start in range(0, num_sequences, micro_batch_size):
-        yield tokens.batch(chosen[start : start + micro_batch_size])
+    return (tokens.batch(group) for group in tokens.spread(num_sequences, micro_batch_size))
 
 
 def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> TokenSet:
@@ -102,6 +100,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         ),
         sequence_aggregation=config.score.sequence_aggregation.value,
         batch_aggregation=config.score.batch_aggregation.value,
+        weighted=config.score.weighted,
     )
     scored = time.monotonic()
     removal = _greedy(config, info, model, tokens)
@@ -113,6 +112,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         "num_tokens": importance.num_tokens,
         "sequence_aggregation": importance.sequence_aggregation,
         "batch_aggregation": importance.batch_aggregation,
+        "weighted": config.score.weighted,
         "block_influence": importance.block_influence_L.tolist(),
         "importance_seconds": scored - started,
     }

@@ -147,6 +147,7 @@ def slice_checkpoint(
     dst: Path,
     kept: Kept,
     *,
+    replaced: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     trust_remote_code: bool = False,
 ) -> Shape:
@@ -155,6 +156,9 @@ def slice_checkpoint(
     Tensors go one by one from the teacher's shards into shards of at most `max_shard_bytes`; one output shard is in
     memory at a time, so that RAM bounds neither model. Every other file of the teacher comes along: tokenizer, chat
     template, generation config, licence, notice; Python files only with `trust_remote_code`.
+
+    `replaced` holds full-size tensors, by the teacher's names, that are cut instead of the teacher's own (compensated
+    weights); they take the dtype of those.
     """
     info = src if isinstance(src, ModelInfo) else read_model(src, trust_remote_code)
     check_kept(kept, info.shape)
@@ -188,6 +192,8 @@ def slice_checkpoint(
                 if shard not in readers:
                     readers[shard] = stack.enter_context(open_tensors(info.folder / shard))
                 tensor = readers[shard].get_tensor(source_of[name])
+                if replaced and source_of[name] in replaced:
+                    tensor = replaced[source_of[name]].to(tensor.dtype)
                 tensors[name] = slice_tensor(tensor, info.rows[row_of(name)], layer_of(name), kept, info.shape)
                 assert tuple(tensors[name].shape) == sizes[name], name
                 weight_map[name] = file

@@ -68,7 +68,9 @@ class StudentModule(nn.Module):
         return distillation_loss(hidden_ND, head_VD, signal.hidden_NE, signal.head_VE, temperature=self.temperature)
 
 
-def accumulate_gradients(student: nn.Module, teacher: Teacher, micro_batches: Iterable[TokenBatch]) -> tuple[float, int]:
+def accumulate_gradients(
+    student: nn.Module, teacher: Teacher, micro_batches: Iterable[TokenBatch]
+) -> tuple[float, int]:
     """Forward and backward over one global batch; returns (loss in nats per token, loss tokens).
 
     The loss is (sum over all loss tokens) / (count of all loss tokens of the window), counted before the first
@@ -81,8 +83,8 @@ def accumulate_gradients(student: nn.Module, teacher: Teacher, micro_batches: It
     for index, batch in enumerate(window):
         last = index == len(window) - 1
         if hasattr(student, "set_requires_gradient_sync"):  # FSDP2: reduce once, after the last micro-batch
-            student.set_requires_gradient_sync(last)
-            student.set_reshard_after_backward(last)
+            student.set_requires_gradient_sync(last)  # type: ignore[operator]
+            student.set_reshard_after_backward(last)  # type: ignore[operator]
         loss = student(batch, teacher.signal(batch))
         (loss / count).backward()
         total += loss.item()

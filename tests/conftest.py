@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,7 +95,13 @@ def arguments(cache: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of a process that finds this checkout from any folder, with one thread and a terminal wide enough to read."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "250", "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "250",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 @pytest.fixture
@@ -125,3 +134,16 @@ def spawn(cache: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pope
     for process in started:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def full_disk_after(size: int) -> Iterator[None]:
+    """No file of this process may grow past `size` bytes: the kernel's EFBIG stands for a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -59,15 +59,15 @@ def save_model(folder: Path, model: PreTrainedModel, max_shard_size: str = "5GB"
     return folder
 
 
-def make_batch(sequences: int = 4, tokens: int = 12, seed: int = 0, padded: bool = False) -> TokenBatch:
-    """Packed sequences of documents of 1 to `tokens` tokens; `padded`: rows end in up to half padding."""
+def make_batch(sequences: int = 4, tokens: int = 20, seed: int = 0, padded: bool = False) -> TokenBatch:
+    """Packed documents, some of them longer than WINDOW; `padded`: rows end in up to half padding."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, SIZES["vocab_size"], (sequences, tokens), generator=generator)
     lengths = torch.full((sequences,), tokens)
     if padded:
         lengths = torch.randint(tokens // 2, tokens, (sequences,), generator=generator)
     at = torch.arange(tokens).expand(sequences, -1)
-    starts = torch.rand((sequences, tokens), generator=generator) < 0.25
+    starts = torch.rand((sequences, tokens), generator=generator) < 0.12
     starts[:, 0] = True
     starts |= at == lengths[:, None]
     position_ids = at - torch.where(starts, at, 0).cummax(1).values

@@ -15,7 +15,11 @@ from compress.parallel import single_process_mesh
 
 
 def _state(value: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"model/a": torch.full((4, 3), value), "optimizer/a/step": torch.tensor(value), "optimizer/b": torch.arange(5.0)}
+    return {
+        "model/a": torch.full((4, 3), value),
+        "optimizer/a/step": torch.tensor(value),
+        "optimizer/b": torch.arange(5.0),
+    }
 
 
 def _save(folder: Path, step: int, keep: int = 3) -> None:

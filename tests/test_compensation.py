@@ -29,7 +29,9 @@ def test_columns_that_repeat_others_are_replaced_without_loss() -> None:
     weight_OX = torch.randn(5, 12, dtype=torch.float64)
     kept_K = torch.arange(6)
     result_OX = reconstruct(weight_OX, inputs_NX.T @ inputs_NX, kept_K, damping=1e-12)
-    torch.testing.assert_close(inputs_NX[:, kept_K] @ result_OX[:, kept_K].T, inputs_NX @ weight_OX.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        inputs_NX[:, kept_K] @ result_OX[:, kept_K].T, inputs_NX @ weight_OX.T, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_uncorrelated_columns_and_heavy_damping_leave_the_weight_as_it_is() -> None:
@@ -37,7 +39,9 @@ def test_uncorrelated_columns_and_heavy_damping_leave_the_weight_as_it_is() -> N
     kept_K = torch.tensor([1, 4, 6])
     torch.testing.assert_close(reconstruct(weight_OX, torch.eye(8), kept_K), weight_OX)
     inputs_NX = _inputs(8, 8)
-    torch.testing.assert_close(reconstruct(weight_OX, inputs_NX.T @ inputs_NX, kept_K, damping=1e9), weight_OX, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        reconstruct(weight_OX, inputs_NX.T @ inputs_NX, kept_K, damping=1e9), weight_OX, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from families import make_batch, make_model, rows
+from families import logits, make_batch, make_model, rows
 from torch import nn
+from transformers import PreTrainedModel
 
 from compress.depth import greedy_layer_removal, removal_reach
 from compress.errors import ConfigError, NumericalError
+from compress.tokens import TokenBatch
 
 
-def brute_force(model: nn.Module, batch: object, num_remove: int) -> tuple[list[int], list[float]]:
-    """Every candidate as a model of its own, run from the embedding, with full logits."""
+def divergence(model: PreTrainedModel, batch: TokenBatch) -> Callable[[list[int]], float]:
+    """KL(teacher || model of these layers only), nats per token: a model of its own, run whole, with full logits."""
 
     def log_probabilities(kept: list[int]) -> torch.Tensor:
         cut = copy.deepcopy(model)
@@ -22,17 +26,21 @@ def brute_force(model: nn.Module, batch: object, num_remove: int) -> tuple[list[
         cut.config.num_hidden_layers = len(kept)
         if getattr(cut.config, "layer_types", None):
             cut.config.layer_types = [cut.config.layer_types[j] for j in kept]
-        output = cut(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False)
-        return output.logits[batch.loss_mask].log_softmax(-1)
+        return logits(cut, batch)[batch.loss_mask].log_softmax(-1)
 
-    kept = list(range(len(model.model.layers)))
-    teacher = log_probabilities(kept)
+    teacher = log_probabilities(list(range(len(model.model.layers))))
+
+    def kl_of(kept: list[int]) -> float:
+        return float((teacher.exp() * (teacher - log_probabilities(kept))).sum(-1).mean())
+
+    return kl_of
+
+
+def brute_force(model: PreTrainedModel, batch: TokenBatch, num_remove: int) -> tuple[list[int], list[float]]:
+    kl_of, kept = divergence(model, batch), list(range(len(model.model.layers)))
     order, curve = [], []
     for _ in range(num_remove):
-        kl = {}
-        for layer in kept:
-            student = log_probabilities([j for j in kept if j != layer])
-            kl[layer] = (teacher.exp() * (teacher - student)).sum(-1).mean().item()
+        kl = {layer: kl_of([j for j in kept if j != layer]) for layer in kept}
         best = min(kl, key=lambda j: kl[j])
         order.append(best)
         curve.append(kl[best])
@@ -40,45 +48,61 @@ def brute_force(model: nn.Module, batch: object, num_remove: int) -> tuple[list[
     return order, curve
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-window", "qwen3"])
-@pytest.mark.parametrize("seed", [0, 1])
-@torch.no_grad()
-def test_greedy_removal_equals_brute_force(variant: str, seed: int) -> None:
-    model, batch = make_model(variant, seed=seed), make_batch(5, 16, seed=seed, padded=True)
-    order, curve = brute_force(model, batch, 4)
-    removal = greedy_layer_removal(model, [rows(batch, 0, 2), rows(batch, 2, 5)], 4)
-    assert removal.order == order
-    assert removal.kl == pytest.approx(curve, rel=1e-5)
-    assert removal.num_trials == 5 + 4 + 3 + 2
+# How much each layer writes: unequal, as a trained model's, so that layers go in no simple order.
+SCALES = [0.9, 0.5, 0.05, 0.1, 0.02, 0.2, 0.07, 0.8]
 
 
-def lazy_layers() -> nn.Module:
-    """A deep model whose layers differ much in weight, as a trained one's do."""
-    model = make_model(num_hidden_layers=8)
+def uneven_model(variant: str, seed: int, scales: Sequence[float] = SCALES) -> PreTrainedModel:
+    model = make_model(variant, seed=seed, num_hidden_layers=len(scales))
     with torch.no_grad():
-        for number, layer in enumerate(model.model.layers):
-            scale = [0.9, 0.5, 0.05, 0.1, 0.02, 0.2, 0.07, 0.8][number]
+        for scale, layer in zip(scales, model.model.layers, strict=True):
             layer.mlp.down_proj.weight *= scale
             layer.self_attn.o_proj.weight *= scale
     return model
 
 
-def test_skipping_dear_layers_removes_the_same_ones_with_fewer_trials() -> None:
-    model, batch = lazy_layers(), make_batch(4, 16)
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_greedy_removal_equals_brute_force(variant: str, seed: int) -> None:
+    model, batch = uneven_model(variant, seed), make_batch(5, seed=seed, padded=True)
+    order, curve = brute_force(model, batch, 5)
+    assert order not in (sorted(order), sorted(order, reverse=True)), "layers before and after earlier ones must go"
+    removal = greedy_layer_removal(model, [rows(batch, 0, 2), rows(batch, 2, 5)], 5)
+    assert removal.order == order
+    assert removal.kl == pytest.approx(curve, rel=1e-5)
+    assert removal.num_trials == 8 + 7 + 6 + 5 + 4
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+@torch.no_grad()
+def test_skipping_dear_layers_follows_its_rule_and_saves_trials(share: float) -> None:
+    model, batch = uneven_model("llama", 0, [0.3, 0.2, 0.12, 0.15, 0.1, 0.18, 0.14, 0.25]), make_batch(4)
+    kl_of = divergence(model, batch)
+    kept, rise, reached, trials, order = list(range(8)), {}, 0.0, 0, []
+    for _ in range(4):
+        best, chosen = math.inf, -1
+        for layer in sorted(kept, key=lambda j: rise.get(j, 0.0)):
+            if layer in rise and reached + share * rise[layer] >= best:
+                continue
+            kl, trials = kl_of([j for j in kept if j != layer]), trials + 1
+            rise[layer] = kl - reached
+            best, chosen = min((best, chosen), (kl, layer))
+        kept.remove(chosen)
+        order, reached = [*order, chosen], best
     seen: list[int] = []
 
-    def progress(trials: object, total: int) -> object:
+    def progress(candidates: Iterator[int], total: int) -> Iterator[int]:
         assert total == 8 + 7 + 6 + 5
-        for trial in trials:
-            seen.append(trial)
-            yield trial
+        for candidate in candidates:
+            seen.append(candidate)
+            yield candidate
 
     every = greedy_layer_removal(model, [batch], 4)
-    lazy = greedy_layer_removal(model, [batch], 4, skip_share=0.5, progress=progress)
-    assert lazy.order == every.order
-    assert lazy.kl == every.kl
-    assert every.num_trials == 26
-    assert lazy.num_trials < 20
+    lazy = greedy_layer_removal(model, [batch], 4, skip_share=share, progress=progress)
+    assert lazy.order == order
+    assert lazy.num_trials == trials < every.num_trials == 26
+    assert lazy.kl[-1] < every.kl[-1] * 1.1, "what is skipped would hardly have been chosen"
     assert len(seen) == 26, "progress reaches its total, skipped candidates counted"
 
 

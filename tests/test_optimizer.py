@@ -103,7 +103,9 @@ def test_state_made_ahead_equals_state_after_a_step() -> None:
         optimizer.step(1.0, 1.0)
         later = optimizer.state()
         assert {k: (v.shape, v.dtype) for k, v in ahead.items()} == {k: (v.shape, v.dtype) for k, v in later.items()}
-        assert len(later) == sum(1 if muon and ".layers." in n and p.ndim == 2 else 3 for n, p in stepped.named_parameters())
+        assert len(later) == sum(
+            1 if muon and ".layers." in n and p.ndim == 2 else 3 for n, p in stepped.named_parameters()
+        )
 
 
 def test_schedule() -> None:

@@ -181,7 +181,7 @@ def test_slicing_equals_masking(variant: str, tied: bool, axis: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropping_layers_equals_removing_modules(variant: str, tmp_path: Path) -> None:
-    model, batch = make_model(variant), make_batch(tokens=20)
+    model, batch = make_model(variant), make_batch()
     kept = keep(model, {"num_hidden_layers": 3})
     slice_checkpoint(save_model(tmp_path / "teacher", model), tmp_path / "student", kept)
     student = load_model(tmp_path / "student", torch.float64)
@@ -190,7 +190,7 @@ def test_dropping_layers_equals_removing_modules(variant: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(("variant", "tied"), MODELS)
 def test_a_sliced_checkpoint_reloads_strictly_as_the_masked_teacher(variant: str, tied: bool, tmp_path: Path) -> None:
-    model, batch = make_model(variant, tied), make_batch(tokens=20)
+    model, batch = make_model(variant, tied), make_batch()
     kept = keep(model, STUDENT)
     teacher = save_model(tmp_path / "teacher", model)
     shape = slice_checkpoint(teacher, tmp_path / "student", kept)
@@ -234,6 +234,20 @@ def test_layers_keep_their_own_kind_of_attention(tmp_path: Path) -> None:
         config = json.loads((tmp_path / f"student{given}" / "config.json").read_text())
         assert config["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
         assert config["max_window_layers"] == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_head_dim_that_followed_from_the_sizes_is_kept(variant: str, tmp_path: Path) -> None:
+    """Older config.json files leave head_dim to hidden_size / heads, which is another number in the student."""
+    model, batch = make_model(variant, head_dim=8), make_batch()
+    teacher = save_model(tmp_path / "teacher", model)
+    content = json.loads((teacher / "config.json").read_text())
+    if model.config.model_type != "qwen3":  # whose default is 128
+        del content["head_dim"]
+    (teacher / "config.json").write_text(json.dumps(content))
+    kept = keep(model, STUDENT)
+    assert slice_checkpoint(teacher, tmp_path / "student", kept).head_dim == 8
+    assert_same(logits(masked(model, kept), batch), logits(load_model(tmp_path / "student", torch.float64), batch))
 
 
 @pytest.mark.parametrize("tied", [False, True])

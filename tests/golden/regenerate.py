@@ -16,5 +16,9 @@ def forward_kl_mean(temperature: float) -> float:
 
 
 if __name__ == "__main__":
-    values = {"teacher": TEACHER, "student": STUDENT, "forward_kl_mean": {str(t): forward_kl_mean(t) for t in (1.0, 3.0)}}
+    values = {
+        "teacher": TEACHER,
+        "student": STUDENT,
+        "forward_kl_mean": {str(t): forward_kl_mean(t) for t in (1.0, 3.0)},
+    }
     Path(__file__).with_name("plain_divergences.json").write_text(json.dumps(values, indent=1) + "\n")
