@@ -48,8 +48,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another run_dir=") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise ArtifactError(
-                f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another run_dir= or "
-                "cache_dir=, or move what is in the way"
+                f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another run_dir= "
+                "or cache_dir=, or move what is in the way"
             ) from error
         raise
 
@@ -72,7 +72,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data` in one step: a reader, or the next run after a kill, sees the old file or the new one."""
+    """Replace `path` by `data` in one step: a reader, or the run after a kill, sees the old file or the new one."""
     payload = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
@@ -236,7 +236,8 @@ def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
             raise ArtifactError(
-                f"{run_dir / stage} is being written by {holder}; wait for it, or give this run another name= or run_dir="
+                f"{run_dir / stage} is being written by {holder}; wait for it, or give this run another name= or "
+                "run_dir="
             ) from None
         handle.truncate(0)
         job = os.environ.get("SLURM_JOB_ID")

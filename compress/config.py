@@ -360,8 +360,8 @@ def to_config(composed: DictConfig) -> CompressConfig:
         if missing:
             recipes = ", ".join(sorted(file.stem for file in (conf_dir() / "recipe").glob("*.yaml")))
             raise ConfigError(
-                f"{' and '.join(sorted(missing))} must be set; give a value, or choose a recipe= that does: {recipes}, or "
-                "your own with --config-dir"
+                f"{' and '.join(sorted(missing))} must be set; give a value, or choose a recipe= that does: {recipes}, "
+                "or your own with --config-dir"
             )
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

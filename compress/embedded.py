@@ -191,7 +191,8 @@ def _tiny_sentences(seed: int, count: int) -> list[str]:
     verbs = ["opens", "finds", "carries", "watches", "follows", "remembers", "paints", "repairs"]
     places = ["near the harbour", "under the bridge", "before the winter", "after the concert", "with great care"]
     return [
-        f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} {rng.choice(places)} in {rng.randint(1000, 2000)}."
+        f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} {rng.choice(places)} "
+        f"in {rng.randint(1000, 2000)}."
         for _ in range(count)
     ]
 

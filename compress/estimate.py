@@ -33,7 +33,7 @@ def _flops_per_second(dtype: torch.dtype) -> float:
 
 
 def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage, float]:
-    """Seconds for each of the stages, to within a factor of about two: 2 FLOP a parameter and token forward, 6 to train."""
+    """Seconds for each of the stages, to within a factor of about two: 2 FLOP a parameter and token, 6 to train."""
     cache = Path(config.cache_dir).expanduser()
     info = read_model(
         teacher_folder(config.teacher.path, config.teacher.revision, cache, config.teacher.trust_remote_code),

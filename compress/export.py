@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from compress import checkpoint
-from compress.artifacts import building_folder, open_permissions, replace_contents
+from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents
 from compress.config import CompressConfig
+from compress.distill import num_steps
 from compress.errors import ArtifactError
 from compress.folders import teacher_folder
 from compress.models import load_model
@@ -36,6 +37,12 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     if found is None:
         raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
     path, facts = found
+    if config.export.step is None and facts["step"] != num_steps(config):
+        raise ArtifactError(
+            f"{path.parent}: training ended at step {num_steps(config)}, but the newest whole checkpoint is of step "
+            f"{facts['step']}. Delete {run_dir / 'distill' / MANIFEST} and run stage=distill to train the rest again, "
+            f"or give export.step={facts['step']}"
+        )
     model = load_model(pruned, torch.float32, trust)
     checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
     dtype = resolve_dtype(config.export.dtype)

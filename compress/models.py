@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,7 +30,7 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder} can't be loaded by transformers: {str(error).splitlines()[0]}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -63,8 +64,8 @@ def check_same_tokenizer(teacher: Path, student: Path, trust_remote_code: bool =
         differing = sorted(t for t in mine.keys() | yours.keys() if mine.get(t) != yours.get(t))
         raise ConfigError(
             f"the tokenizers of teacher ({teacher}) and student ({student}) differ in {len(differing)} tokens, such as "
-            f"{differing[0]!r}: id {yours.get(differing[0])} against {mine.get(differing[0])}. Logits are compared id by "
-            "id, so both must be the same; copy the teacher's tokenizer only if the student was trained with it"
+            f"{differing[0]!r}: id {yours.get(differing[0])} against {mine.get(differing[0])}. Logits are compared id "
+            "by id, so both must be the same; copy the teacher's tokenizer only if the student was trained with it"
         )
     for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
         if getattr(ours, name) != getattr(theirs, name):

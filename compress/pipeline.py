@@ -1,4 +1,4 @@
-"""The stages in their order, and what a run folder allows: run what is missing, skip what is done, refuse what differs."""
+"""The stages in order, and what a run folder allows: run what is missing, skip what is done, refuse what differs."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def _check_tokenizers(config: CompressConfig) -> None:
     ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
     if ours != theirs:
         raise ConfigError(
-            f"distill.init_from={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared id "
-            "by id, so give both the same vocabulary rows"
+            f"distill.init_from={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
+            "id by id, so give both the same vocabulary rows"
         )
     check_same_tokenizer(teacher, student, trust)
 
@@ -180,7 +180,9 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: di
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
             # What is mended next is most likely a setting, so what failed binds nobody, but for checkpoints: those go on.
-            if not isinstance(error, Interrupted) and not (stage is Stage.distill and checkpoint.steps(folder / "checkpoints")):
+            if not isinstance(error, Interrupted) and not (
+                stage is Stage.distill and checkpoint.steps(folder / "checkpoints")
+            ):
                 (folder / STARTED).unlink(missing_ok=True)
             raise
         seconds = time.time() - began
@@ -228,7 +230,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
 
 
 def _is_done(config: CompressConfig, stage: Stage, expected: dict[str, Any]) -> bool:
-    """True when the manifest is there and equal. Raises ArtifactError when it, or a half-done stage, is of other settings."""
+    """True when the manifest is there and equal. Raises ArtifactError for one, or a half-done stage, of other settings."""
     folder = _run_dir(config) / STAGES[stage].folder(config)
     for name, done in ((MANIFEST, True), (STARTED, False)):
         if (folder / name).exists() and (done or _has_work(folder)):

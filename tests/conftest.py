@@ -1,4 +1,4 @@
-"""One cache with the embedded tiny teacher, one finished run to copy from, and two ways to run: here, or as a process."""
+"""One cache with the embedded tiny teacher, one finished run to copy from; runs in this process or in their own."""
 
 from __future__ import annotations
 

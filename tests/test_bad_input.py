@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import REPOSITORY, Run, full_disk_after
 from safetensors.torch import load_file, save_file
 
@@ -149,8 +148,14 @@ def test_a_spoilt_teacher_is_refused_before_anything_is_written(
         ("distill.init_from=nowhere", ("distill.init_from=nowhere is no folder", "Hugging Face folder")),
         ("prune.hidden_size=80", ("prune.hidden_size=80 must be within 1 and the teacher's 64", "nearest: 64")),
         ("prune.num_hidden_layers=5", ("prune.num_hidden_layers=5 must be within 1 and the teacher's 4",)),
-        ("prune.hidden_size=36", ("prune.hidden_size=36 must be a multiple of shape.multiple_of=16", "nearest: 32 or 48")),
-        ("prune.num_attention_heads=3", ("prune.num_attention_heads=3 must be", "num_key_value_heads=2", "nearest: 2 or 4")),
+        (
+            "prune.hidden_size=36",
+            ("prune.hidden_size=36 must be a multiple of shape.multiple_of=16", "nearest: 32 or 48"),
+        ),
+        (
+            "prune.num_attention_heads=3",
+            ("prune.num_attention_heads=3 must be", "num_key_value_heads=2", "nearest: 2 or 4"),
+        ),
         ("prune.removed_layers=[4]", ("prune.removed_layers=[4] must be distinct layers within 0 and 3",)),
         ("prune.removed_layers=[0,1]", ("prune.num_hidden_layers=3 contradicts prune.removed_layers",)),
         ("prune.max_parameters=1000", ("prune.max_parameters=1,000", "shape.max_width_pruning")),
@@ -197,7 +202,9 @@ def test_a_pickle_beside_the_weights_is_neither_read_nor_carried_along(teacher: 
     run(f"teacher.path={teacher}")
     assert not trap.exists()
     for folder in ("prune", "export"):
-        assert not [f.name for f in (tmp_path / "run" / folder).iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        assert not [
+            f.name for f in (tmp_path / "run" / folder).iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")
+        ]
 
 
 def with_remote_code(teacher: Path, trap: Path) -> None:
@@ -282,7 +289,14 @@ def student_cut_off(folder: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     "spoil",
-    [permuted_vocabulary, other_merges, other_end, student_without_weights, student_of_another_teacher, student_cut_off],
+    [
+        permuted_vocabulary,
+        other_merges,
+        other_end,
+        student_without_weights,
+        student_of_another_teacher,
+        student_cut_off,
+    ],
     ids=lambda spoil: spoil.__name__,
 )
 def test_a_student_that_does_not_fit_its_teacher_is_refused_before_any_work(
@@ -305,7 +319,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
         ("empty.jsonl", "", ("data.train[0]", "is empty", "give it text")),
         ("blank.jsonl", "\n\n \n", ("data.train[0]", "is empty")),
         ("empty.txt", "", ("data.train[0]", "is empty")),
-        ("blank.txt", " \n\n \n", ("data.train[0]", "empty.txt".replace("empty", "blank"))),
+        ("blank.txt", " \n\n \n", ("data.train[0]", "blank.txt")),
         ("none.jsonl", '{"text": ""}\n{"text": ""}\n', ("data.train[0]", "no token to learn from", "text of no tokens: 2")),
         ("short.jsonl", '{"text": "a"}\n', ("data.train[0]", "no token to learn from")),
         ("keys.jsonl", '{"body": "a b c"}\n', ("data.train[0]", "line 1", "text_key='text'", "its keys are body")),

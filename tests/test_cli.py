@@ -72,7 +72,9 @@ def test_a_sweep_runs_each_name_and_ones_own_recipes_are_found(command: Command,
     assert {path.name for path in tmp_path.iterdir()} == {"own", "runs"}
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"a", "b", "sweeps"}
     assert not result.stdout, "standard output is for tables"
-    assert re.search(r"^\[\d{4}-\d\d-\d\d [\d:]+\] tokenize: done in \d+ s$", result.stderr, re.MULTILINE), result.stderr
+    assert re.search(r"^\[\d{4}-\d\d-\d\d [\d:]+\] tokenize: done in \d+ s$", result.stderr, re.MULTILINE), (
+        result.stderr
+    )
 
 
 def test_status_goes_to_standard_output(command: Command, finished: Path) -> None:
@@ -91,7 +93,10 @@ def test_status_goes_to_standard_output(command: Command, finished: Path) -> Non
         (["recipe=tiny", "-m", "name=a,b", "distil.x=1"], ["distil.x: no such key"]),
         (["-m", "recipe=tiny", "seed=1,x"], ["seed=x must be a whole number"]),
         (["-m", "recipe=tiny,nope"], ["recipe=nope: no such recipe"]),
-        (["-m", "recipe=tiny", "distill.learning_rate=1e-4,-1"], ["distill.learning_rate=-1.0 must be a positive number"]),
+        (
+            ["-m", "recipe=tiny", "distill.learning_rate=1e-4,-1"],
+            ["distill.learning_rate=-1.0 must be a positive number"],
+        ),
         (["recipe=tiny", "name=a,b"], ["name=a,b", "--multirun"]),
         (["recipe=tiny", "--config-dir", "nowhere"], ["--config-dir nowhere is not a folder", "recipe/NAME.yaml"]),
         (["recipe=tiny", "--config-dir=nowhere"], ["--config-dir nowhere is not a folder"]),
@@ -122,5 +127,7 @@ def test_options_may_stand_anywhere(arguments: list[str], ordered: list[str]) ->
 def test_nothing_heavy_is_imported_for_an_answer() -> None:
     """A typo is answered in a second: torch and transformers take many."""
     probe = "import sys; import compress, compress.__main__, compress.config; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"  # noqa: E501
-    result = subprocess.run([sys.executable, "-c", probe], env=environment(), capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", probe], env=environment(), capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from families import VARIANTS, logits, make_batch, make_model, rows, save_model
 
-from compress.compensation import reconstruct
+from compress.architecture import shape_of, with_sizes
+from compress.compensation import DAMPING, compensated_weights, reconstruct
 from compress.errors import NumericalError
+from compress.importance import estimate_importance
+from compress.models import load_model
+from compress.slicing import select, slice_checkpoint
+from compress.step import trunk
 
 
 def _inputs(columns: int, rank: int) -> torch.Tensor:
@@ -47,3 +57,66 @@ def test_uncorrelated_columns_and_heavy_damping_leave_the_weight_as_it_is() -> N
 def test_inputs_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NumericalError, match="not finite"):
         reconstruct(torch.ones(2, 3), torch.full((3, 3), float("nan")), torch.tensor([0]))
+
+
+SIZES = {"intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4}
+
+
+def _inputs_of(model: Any, name: str, batch: Any) -> torch.Tensor:
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, arguments, _o: seen.append(arguments[0]))
+    with torch.no_grad():
+        trunk(model, batch)
+    handle.remove()
+    return seen[0][batch.valid_mask].double()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_student_is_the_masked_teacher_with_the_folded_weights(variant: str, tmp_path: Path) -> None:
+    """Sliced equals masked, and each folded matrix is the least-squares answer to the inputs that the kept layers see."""
+    model = make_model(variant, dtype=torch.float32)
+    batch = make_batch(16, padded=True)
+    importance = estimate_importance(model, [batch])
+    kept = select(importance, with_sizes(shape_of(model.config), SIZES))
+    folded = compensated_weights(model, [rows(batch, 0, 5), rows(batch, 5, 16)], kept)
+    assert len(model.model.layers) == 5, "the removed layer is back"
+    layers = kept["layers"].tolist()
+    assert set(folded) == {f"model.layers.{i}.{m}.weight" for i in layers for m in ("mlp.down_proj", "self_attn.o_proj")}
+    slice_checkpoint(save_model(tmp_path / "teacher", model), tmp_path / "student", kept, replaced=folded)
+    student = load_model(tmp_path / "student", torch.float32)
+
+    model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in layers])
+    head_dim = model.config.head_dim
+    with torch.no_grad():
+        for position, layer in enumerate(layers):
+            heads = kept["query_heads"][position]
+            columns = {
+                "mlp.down_proj": kept["intermediate"][position],
+                "self_attn.o_proj": (heads[:, None] * head_dim + torch.arange(head_dim)).flatten(),
+            }
+            for module, kept_K in columns.items():
+                inputs_NX = _inputs_of(model, f"model.layers.{position}.{module}", batch)
+                moment_XX = inputs_NX.T @ inputs_NX
+                weight_OX = model.model.layers[position].get_parameter(f"{module}.weight").double()
+                # The ridge as further rows of an ordinary least-squares problem.
+                ridge = math.sqrt(DAMPING * moment_XX.diagonal().mean().item()) * torch.eye(len(kept_K)).double()
+                left = torch.cat([inputs_NX[:, kept_K], ridge])
+                right = torch.cat([inputs_NX @ weight_OX.T, ridge @ weight_OX[:, kept_K].T])
+                best_KO = torch.linalg.lstsq(left, right).solution
+                found = folded[f"model.layers.{layer}.{module}.weight"][:, kept_K].double()
+                torch.testing.assert_close(found, best_KO.T, rtol=1e-3, atol=1e-3)
+        for position, layer in enumerate(layers):
+            mlp, attention = model.model.layers[position].mlp, model.model.layers[position].self_attn
+            mlp.down_proj.weight.copy_(folded[f"model.layers.{layer}.mlp.down_proj.weight"])
+            attention.o_proj.weight.copy_(folded[f"model.layers.{layer}.self_attn.o_proj.weight"])
+            removed = torch.ones(72, dtype=torch.bool).index_fill(0, kept["intermediate"][position], False)
+            mlp.down_proj.weight[:, removed] = 0
+            for head in set(range(6)) - set(kept["query_heads"][position].tolist()):
+                attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
+    torch.testing.assert_close(logits(student, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_folded_where_nothing_that_is_read_is_pruned() -> None:
+    model = make_model()
+    kept = select(estimate_importance(model, [make_batch()]), with_sizes(shape_of(model.config), {"hidden_size": 24}))
+    assert compensated_weights(model, [make_batch()], kept) == {}

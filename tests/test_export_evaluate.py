@@ -79,7 +79,9 @@ def test_every_other_file_of_the_teacher_comes_along_and_the_umask_decides_who_r
         modes = {file.name: oct(file.stat().st_mode & 0o777) for file in folder.rglob("*") if file.is_file()}
         assert set(modes.values()) == {oct(0o640)}, modes
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).startswith("<|im_start|>")
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).startswith(
+            "<|im_start|>"
+        )
 
 
 def independent(model: Any, teacher: Any, batches: list[TokenBatch]) -> dict[str, float]:
@@ -164,7 +166,12 @@ def test_several_sets_each_get_their_figures(run: Run, finished: Path, cache: Pa
     sets = "data.validation=[{path: 'embedded:tiny-validation', name: one}, {path: other.jsonl}]"
     run(sets, "evaluate.max_tokens=null")
     metrics = json.loads((finished / "evaluate" / "metrics.json").read_text())
-    for part in (metrics["teacher"]["sets"], metrics["distilled"]["sets"], metrics["excess_loss"], metrics["gap_closed"]):
+    for part in (
+        metrics["teacher"]["sets"],
+        metrics["distilled"]["sets"],
+        metrics["excess_loss"],
+        metrics["gap_closed"],
+    ):
         assert list(part) == ["one", "other"]
     for name in ("one", "other"):
         tokens = TokenSet.open(finished / "tokens" / "validation" / name)
@@ -184,20 +191,23 @@ def test_a_damaged_export_or_table_is_named(run: Run, finished: Path) -> None:
     assert not metrics.exists()
 
 
-def test_export_passes_over_a_damaged_checkpoint_and_says_so(
-    run: Run, finished: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_earlier_step_is_never_exported_as_the_last_one(finished_source: Path, finished: Path, run: Run) -> None:
     shutil.rmtree(finished / "export")
     shutil.rmtree(finished / "evaluate")
-    steps = checkpoint.steps(finished / "distill" / "checkpoints")
-    assert steps == [6, 8]
+    assert checkpoint.steps(finished / "distill" / "checkpoints") == [6, 8]
     [shard] = (finished / "distill" / "checkpoints" / "step_00000008").glob("*.safetensors")
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"step_00000008|step 8"):
+    with pytest.raises(
+        ArtifactError, match=r"ended at step 8, .* whole checkpoint is of step 6\. Delete .*export\.step=6"
+    ):
         run("stage=export")
     assert not (finished / "export" / "config.json").exists()
+    (finished / "distill" / "manifest.json").unlink()  # as the message says
+    run()
+    ours = (finished / "export" / "model.safetensors").read_bytes()
+    assert ours == (finished_source / "export" / "model.safetensors").read_bytes()
 
 
 def test_a_model_whose_loss_is_not_finite_has_no_figures(run: Run, finished: Path) -> None:

@@ -136,6 +136,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_weighted_scores_are_of_what_a_column_adds() -> None:
+    """Scaling a column of the reader by c scales its weighted score by c, and leaves the plain one alone."""
+    batch, scale = make_batch(), 3.0
+    plain, weighted = (estimate_importance(make_model(), [batch], weighted=w) for w in (False, True))
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[4].mlp.down_proj.weight[:, 7] *= scale
+    plain_scaled, weighted_scaled = (estimate_importance(model, [batch], weighted=w) for w in (False, True))
+    torch.testing.assert_close(plain_scaled.intermediate_LF, plain.intermediate_LF)
+    ratio_LF = weighted_scaled.intermediate_LF / weighted.intermediate_LF
+    assert ratio_LF[4, 7] == pytest.approx(scale)
+    ratio_LF[4, 7] = 1
+    assert ratio_LF[:4].allclose(torch.ones(4, 72)), "the last layer's MLP changes nothing before it"
+    norm_F = torch.linalg.vector_norm(make_model().model.layers[1].mlp.down_proj.weight, dim=0)
+    torch.testing.assert_close(weighted.intermediate_LF[1], plain.intermediate_LF[1] * norm_F.float())
+    with torch.no_grad():
+        model.model.layers[4].self_attn.o_proj.weight[:, 20:30] *= scale  # head 2 of 10 columns
+    heads_H = estimate_importance(model, [batch], weighted=True).query_heads_LH[4]
+    expected_H = weighted.query_heads_LH[4] * torch.tensor([1, 1, scale, 1, 1, 1])
+    torch.testing.assert_close(heads_H, expected_H)
+    torch.testing.assert_close(weighted.hidden_D, plain.hidden_D)
+
+
 def test_scores_that_are_not_finite_name_the_module() -> None:
     model = make_model()
     with torch.no_grad():

@@ -327,7 +327,7 @@ def test_status_before_during_and_after(
     assert re.search(
         r"step 5 of 8, loss \d\.\d+, about 0 min left; kept steps: 2, 4; last error: SIGTERM: saved",
         " ".join(text.split()),
-    )  # noqa: E501
+    )
     assert "GB free" in text
     assert fingerprint_path(half_trained) == before
 
