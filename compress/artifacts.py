@@ -48,8 +48,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another run_dir=") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise ArtifactError(
-                f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another run_dir= "
-                "or cache_dir=, or move what is in the way"
+                f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another "
+                "run_dir= or cache_dir=, or move what is in the way"
             ) from error
         raise
 

@@ -359,10 +359,11 @@ def to_config(composed: DictConfig) -> CompressConfig:
         missing = OmegaConf.missing_keys(merged)
         if missing:
             recipes = ", ".join(sorted(file.stem for file in (conf_dir() / "recipe").glob("*.yaml")))
-            raise ConfigError(
-                f"{' and '.join(sorted(missing))} must be set; give a value, or choose a recipe= that does: {recipes}, "
-                "or your own with --config-dir"
-            )
+            first = sorted(missing)[0]
+            remedy = f"or choose a recipe= that does: {recipes}, or your own with --config-dir"
+            if "[" in first:
+                remedy = f"such as {first.partition('[')[0]}=[{{path: my.jsonl}}]"
+            raise ConfigError(f"{' and '.join(sorted(missing))} must be set; give a value, {remedy}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error

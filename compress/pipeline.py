@@ -179,10 +179,8 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: di
         except CompressError as error:
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
-            # What is mended next is most likely a setting, so what failed binds nobody, but for checkpoints: those go on.
-            if not isinstance(error, Interrupted) and not (
-                stage is Stage.distill and checkpoint.steps(folder / "checkpoints")
-            ):
+            # What is mended next is most likely a setting, so a failure binds nobody; checkpoints do: they go on.
+            if not isinstance(error, Interrupted) and not checkpoint.steps(folder / "checkpoints"):
                 (folder / STARTED).unlink(missing_ok=True)
             raise
         seconds = time.time() - began
@@ -230,7 +228,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
 
 
 def _is_done(config: CompressConfig, stage: Stage, expected: dict[str, Any]) -> bool:
-    """True when the manifest is there and equal. Raises ArtifactError for one, or a half-done stage, of other settings."""
+    """True when the manifest is there and equal. Raises ArtifactError for one, or half-done work, of other settings."""
     folder = _run_dir(config) / STAGES[stage].folder(config)
     for name, done in ((MANIFEST, True), (STARTED, False)):
         if (folder / name).exists() and (done or _has_work(folder)):

@@ -172,7 +172,7 @@ class TokenSet:
         return TokenBatch(tokens.long(), at - document_start, loss_mask, valid)
 
     def spread(self, num_sequences: int, micro_batch_size: int) -> list[list[int]]:
-        """That many sequence indices, evenly over the whole set so that a part stands for all of it, in micro-batches."""
+        """Indices of that many sequences, evenly over the whole set so that a part stands for it, in micro-batches."""
         chosen = [index * self.num_sequences // num_sequences for index in range(num_sequences)]
         return [chosen[start : start + micro_batch_size] for start in range(0, num_sequences, micro_batch_size)]
 

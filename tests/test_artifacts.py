@@ -81,9 +81,14 @@ def test_an_error_while_building_leaves_the_old_folder_whole(tmp_path: Path) -> 
             assert not list(building.iterdir()), "it begins empty"
             (building / content).write_text(content)
         assert contents(folder) == {content: content.encode()}
-    with pytest.raises(IsADirectoryError), building_folder(folder) as building:
-        (building / "third").mkdir()
-        (building / "third").write_text("third")
+
+    def fail() -> None:
+        with building_folder(folder) as building:
+            (building / "third").write_text("third")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert contents(tmp_path) == {"folder/second": b"second"}
 
 

@@ -320,7 +320,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
         ("blank.jsonl", "\n\n \n", ("data.train[0]", "is empty")),
         ("empty.txt", "", ("data.train[0]", "is empty")),
         ("blank.txt", " \n\n \n", ("data.train[0]", "blank.txt")),
-        ("none.jsonl", '{"text": ""}\n{"text": ""}\n', ("data.train[0]", "no token to learn from", "text of no tokens: 2")),
+        ("none.jsonl", '{"text": ""}\n{"text": ""}\n', ("no token to learn from", "text of no tokens: 2")),
         ("short.jsonl", '{"text": "a"}\n', ("data.train[0]", "no token to learn from")),
         ("keys.jsonl", '{"body": "a b c"}\n', ("data.train[0]", "line 1", "text_key='text'", "its keys are body")),
         ("type.jsonl", '{"text": 3}\n', ("data.train[0]", "line 1", "a int under text_key='text'")),

@@ -73,7 +73,7 @@ def _inputs_of(model: Any, name: str, batch: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_student_is_the_masked_teacher_with_the_folded_weights(variant: str, tmp_path: Path) -> None:
-    """Sliced equals masked, and each folded matrix is the least-squares answer to the inputs that the kept layers see."""
+    """Sliced equals masked, and each folded matrix is the least-squares answer to what the kept layers see."""
     model = make_model(variant, dtype=torch.float32)
     batch = make_batch(16, padded=True)
     importance = estimate_importance(model, [batch])
@@ -81,7 +81,9 @@ def test_the_student_is_the_masked_teacher_with_the_folded_weights(variant: str,
     folded = compensated_weights(model, [rows(batch, 0, 5), rows(batch, 5, 16)], kept)
     assert len(model.model.layers) == 5, "the removed layer is back"
     layers = kept["layers"].tolist()
-    assert set(folded) == {f"model.layers.{i}.{m}.weight" for i in layers for m in ("mlp.down_proj", "self_attn.o_proj")}
+    assert set(folded) == {
+        f"model.layers.{i}.{m}.weight" for i in layers for m in ("mlp.down_proj", "self_attn.o_proj")
+    }
     slice_checkpoint(save_model(tmp_path / "teacher", model), tmp_path / "student", kept, replaced=folded)
     student = load_model(tmp_path / "student", torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -110,9 +111,9 @@ def test_state_made_ahead_equals_state_after_a_step() -> None:
 
 def test_schedule() -> None:
     factors = [learning_rate_factor(step, 50, 8, 0.1) for step in range(50)]
-    assert all(a < b for a, b in zip(factors[:8], factors[1:9], strict=True)), "warm-up rises"
+    assert all(a < b for a, b in pairwise(factors[:9])), "warm-up rises"
     assert factors[0] > 0, "the first step trains"
     assert max(factors) == factors[8] == 1.0
-    assert all(a > b for a, b in zip(factors[8:], factors[9:], strict=False)), "then it falls"
+    assert all(a > b for a, b in pairwise(factors[8:])), "then it falls"
     assert factors[-1] == pytest.approx(0.1)
     assert factors[29] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 21 / 41)))

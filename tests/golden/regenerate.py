@@ -1,4 +1,4 @@
-"""Regenerates plain_divergences.json by numpy in float64, independently of the package: python tests/golden/regenerate.py"""
+"""Writes plain_divergences.json by numpy in float64, not by the package: python tests/golden/regenerate.py"""
 
 import json
 from pathlib import Path
