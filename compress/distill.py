@@ -180,11 +180,8 @@ def source_weights(config: CompressConfig) -> list[float] | None:
 
 def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
     """The training tokens and the order in which they are seen. Raises ConfigError for a step without loss tokens."""
-    data, max_steps, batch = (
-        TokenSet.open(run_dir / "tokens" / "train"),
-        num_steps(config),
-        config.distill.global_batch_size,
-    )
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    max_steps, batch = num_steps(config), config.distill.global_batch_size
     order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
     _refuse_empty_windows(data, order, max_steps, batch)
     return data, order

@@ -59,9 +59,14 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     if config.score.depth is DepthCriterion.greedy_kl and config.prune.removed_layers is None:
         removed = layers - (config.prune.num_hidden_layers or config.score.max_removed_layers or layers // 2)
         score += removed * layers * teacher * config.score.greedy_sequences * length
+    compensate = 0.0
+    if config.prune.compensate:  # products of float32 that need no efficiency taken off, at about a sixth of bfloat16's
+        tokens = config.prune.compensate_sequences * length
+        compensate = tokens * (2 * teacher / FORWARD_EFFICIENCY + 6 * 2 * layers * info.shape.intermediate_size**2)
     evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
     flops = {
         Stage.score: score / FORWARD_EFFICIENCY,
+        Stage.prune: compensate,
         Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
         Stage.evaluate: evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
     }

@@ -89,7 +89,7 @@ def generation_speed(
     for _ in range(repeats + 1):  # the first round warms up
         for name, model in models.items():
             start = time.perf_counter()
-            model.generate(
+            model.generate(  # type: ignore[operator]
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=False,

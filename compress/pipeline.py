@@ -70,24 +70,24 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.score: StageEntry(
         score.run,
         (Stage.tokenize,),
-        ("teacher", "compute_dtype", "score.num_sequences", "score.sequence_aggregation", "score.batch_aggregation",
+        ("compute_dtype", "score.num_sequences", "score.sequence_aggregation", "score.batch_aggregation",
          "score.weighted", "score.depth", "score.greedy_sequences", "score.max_removed_layers"),
         lambda _: "score",
     ),
     Stage.prune: StageEntry(
-        prune.run, (Stage.score,), ("teacher", "prune", "shape"), lambda _: "prune"
+        prune.run, (Stage.score,), ("compute_dtype", "prune", "shape"), lambda _: "prune"
     ),
     Stage.distill: StageEntry(
         distill.run,
         (Stage.tokenize, Stage.prune),
-        ("teacher", "seed", "compute_dtype", "distill.init_from", *(f"distill.{key}" for key in _TRAINING.split())),
+        ("seed", "compute_dtype", "distill.init_from", *(f"distill.{key}" for key in _TRAINING.split())),
         lambda _: "distill",
     ),
     Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export.folder_name),
     Stage.evaluate: StageEntry(
         evaluate.run,
         (Stage.tokenize, Stage.export),
-        ("teacher", "compute_dtype", "evaluate.max_tokens", "evaluate.generate_tokens", "evaluate.lm_eval",
+        ("compute_dtype", "evaluate.max_tokens", "evaluate.generate_tokens", "evaluate.lm_eval",
          "evaluate.lm_eval_items", "evaluate.lm_eval_path"),
         evaluate.folder_name,
     ),
@@ -120,9 +120,7 @@ def run(config: CompressConfig) -> None:
         log.info("will run %s: about %s in all, into %s", ", ".join(todo), _duration(sum(estimated.values())), run_dir)
     for stage in todo:
         if stage is not Stage.tokenize and Stage.distill in todo[todo.index(stage) :]:
-            distill.training_order(
-                config, run_dir
-            )  # refuses data that can't be trained on before the scoring, not after
+            distill.training_order(config, run_dir)  # refuses data that can't be trained on before the scoring
         _run_stage(config, run_dir, stage, expected[stage])
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
