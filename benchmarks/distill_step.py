@@ -18,7 +18,8 @@ carry loss for everybody. The contenders:
 Each runs in a process of its own per round, and the rounds are interleaved with a rotating order, so that a
 disturbance meets all of them. A figure is the median over all timed steps, min and max beside it; `ratio` divides the
 medians and its range is over the rounds. Memory is the peak of RssAnon above what the imports left. The first step's
-losses must agree to 2 %, or the contenders did not do the same work and nothing is written.
+losses must agree to 2 %, or the contenders did not do the same work and nothing is written. CPU seconds are only for
+orientation on a machine that others use: `--threads 1` compares them without threads that wait for each other.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, default_cache, machine, spread, write_result
 
 CONTENDERS = ("ours", "plain", "trl")
-SEQUENCES, LENGTH, LAYERS, THREADS = 4, 512, 20, 2
+SEQUENCES, LENGTH, LAYERS = 4, 512, 20
 LEARNING_RATE, BETAS = 1e-4, (0.9, 0.95)
 TRL_PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0")
 LOSS_TOLERANCE = 0.02
@@ -52,21 +53,23 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         self._baseline = self._peak = _rss_anon()
-        self._began = 0.0
+        self._began = self._cpu_began = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def step(self) -> None:
         """A step is over, and with it the next one begins: batches and logging count."""
-        now = time.perf_counter()
+        now, cpu_now = time.perf_counter(), time.process_time()
         self.seconds.append(now - self._began)
-        self._began = now
+        self.cpu_seconds.append(cpu_now - self._cpu_began)
+        self._began, self._cpu_began = now, cpu_now
 
     def _watch(self) -> None:
         while not self._stop.wait(0.02):
@@ -77,6 +80,7 @@ class Recorder:
         self._thread.join()
         return {
             "seconds": self.seconds[warmup:],
+            "cpu_seconds": self.cpu_seconds[warmup:],
             "warmup_seconds": self.seconds[:warmup],
             "first_loss": self.losses[0],
             "last_loss": self.losses[-1],
@@ -260,7 +264,7 @@ def _teacher(work: Path) -> str:
 def _worker(name: str, work: Path, warmup: int, steps: int) -> None:
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     recorder = WORKERS[name](work, warmup + steps)
     write_result(work / f"{name}.json", recorder.result(warmup))
@@ -311,12 +315,12 @@ def trl_python(cache: Path) -> str:
     return str(python)
 
 
-def run_worker(python: str, name: str, work: Path, warmup: int, steps: int) -> dict[str, Any]:
+def run_worker(python: str, name: str, work: Path, warmup: int, steps: int, threads: int) -> dict[str, Any]:
     environment = {
         **os.environ,
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "OMP_NUM_THREADS": str(THREADS),
-        "MKL_NUM_THREADS": str(THREADS),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -343,6 +347,7 @@ def summarise(rounds: list[dict[str, dict[str, Any]]], contenders: list[str]) ->
         table[name] = {
             "tokens_per_second": spread([value for speed in speeds for value in speed]),
             "tokens_per_second_of_rounds": medians[name],
+            "cpu_seconds_per_step": statistics.median([seconds for run in runs for seconds in run["cpu_seconds"]]),
             "peak_rss_anon_bytes": max(run["peak_rss_anon_bytes"] for run in runs),
             "first_loss": runs[0]["first_loss"],
             "last_loss": runs[0]["last_loss"],
@@ -362,12 +367,12 @@ def check_same_loss(summary: dict[str, Any]) -> None:
         raise SystemExit(f"the first losses differ by more than {LOSS_TOLERANCE:.0%}: {losses}; not the same work")
 
 
-def show(summary: dict[str, Any]) -> None:
+def show(summary: dict[str, Any], threads: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    result = Table(title=f"distillation step, {SEQUENCES}x{LENGTH} tokens, {THREADS} threads", title_justify="left")
-    for column in ("", "tokens/s", "min..max", "peak memory, GB", "first loss", "ours is"):
+    result = Table(title=f"distillation step, {SEQUENCES}x{LENGTH} tokens, {threads} threads", title_justify="left")
+    for column in ("", "tokens/s", "min..max", "CPU s a step", "peak memory, GB", "first loss", "ours is"):
         result.add_column(column, justify="left" if not column else "right")
     for name, row in summary["contenders"].items():
         speed, ratio = row["tokens_per_second"], summary["ratios"].get(f"ours/{name}")
@@ -375,6 +380,7 @@ def show(summary: dict[str, Any]) -> None:
             name,
             f"{speed['median']:.0f}",
             f"{speed['min']:.0f}..{speed['max']:.0f}",
+            f"{row['cpu_seconds_per_step']:.2f}",
             f"{row['peak_rss_anon_bytes'] / 1e9:.2f}",
             f"{row['first_loss']:.4f}",
             f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}..{ratio['max']:.2f})" if ratio else "",
@@ -387,6 +393,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="teacher, text, TRL's environment")
     parser.add_argument("--output", type=Path, default=RESULTS / "distill_step.json")
@@ -406,14 +413,14 @@ def main() -> None:
         shift = number % len(options.contenders)
         found = {}
         for name in options.contenders[shift:] + options.contenders[:shift]:
-            found[name] = run_worker(pythons[name], name, work, options.warmup, options.steps)
+            found[name] = run_worker(pythons[name], name, work, options.warmup, options.steps, options.threads)
             speed = SEQUENCES * LENGTH / statistics.median(found[name]["seconds"])
             print(f"round {number + 1} of {options.rounds}: {name} {speed:.0f} tokens/s", flush=True)
         rounds.append(found)
     summary = summarise(rounds, options.contenders)
-    show(summary)
+    show(summary, options.threads)
     check_same_loss(summary)
-    write_result(options.output, {"machine": before, **summary, "rounds": rounds})
+    write_result(options.output, {"machine": before, "threads": options.threads, **summary, "rounds": rounds})
     print(f"written: {options.output}")
 
 

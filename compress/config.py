@@ -462,7 +462,7 @@ def check(config: CompressConfig) -> None:
     if len(set(names)) != len(names):
         raise ConfigError(f"data.validation: the names {names} must differ; set name= on each source")
     for name in names:
-        if not name or "/" in name or name.startswith("."):
+        if not re.fullmatch(r"[\w-]+", name):
             raise ConfigError(f"data.validation name={name!r} becomes a folder: letters, digits, '-' and '_' only")
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError(f"name={config.name!r} becomes a folder: it must be non-empty, without '/' or a leading '.'")

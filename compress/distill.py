@@ -39,7 +39,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     NumericalError when the loss is not finite, Interrupted after SIGTERM, SIGINT or SIGUSR1 was answered by a save.
     """
     settings, trust = config.distill, config.teacher.trust_remote_code
-    teacher_path = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser())
+    cache = Path(config.cache_dir).expanduser()
+    teacher_path = teacher_folder(config.teacher.path, config.teacher.revision, cache, trust)
     student_path = Path(settings.init_from).expanduser() if settings.init_from else run_dir / "prune"
     data, order = training_order(config, run_dir)
     max_steps = num_steps(config)
@@ -194,7 +195,8 @@ def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, 
     if len(empty):
         raise ConfigError(
             f"distill step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every token "
-            f"of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or set data.loss_on=all"
+            f"of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask more of the text "
+            "(data.loss_on=all)"
         )
 
 
