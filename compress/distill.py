@@ -194,8 +194,8 @@ def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, 
     empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
     if len(empty):
         raise ConfigError(
-            f"distill step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every token "
-            f"of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask more of the text "
+            f"distill step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
+            f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
             "(data.loss_on=all)"
         )
 
