@@ -57,14 +57,6 @@ def teacher(teacher_source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(teacher_source, tmp_path / "teacher"))
 
 
-@pytest.fixture(scope="session")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _run(cache: Path, run_dir: Path, overrides: tuple[str, ...]) -> None:
     from compress.config import load_config
     from compress.pipeline import run
@@ -73,14 +65,14 @@ def _run(cache: Path, run_dir: Path, overrides: tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def run(cache: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """run(*settings): a tiny run in this process, in tmp_path/run unless run_dir= is among the settings."""
     monkeypatch.chdir(tmp_path)
     return lambda *overrides: _run(cache, tmp_path / "run", overrides)
 
 
 @pytest.fixture(scope="session")
-def finished_source(cache: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def finished_source(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run of all stages, shared: look, don't touch."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     _run(cache, folder, ())
