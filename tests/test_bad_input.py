@@ -486,7 +486,7 @@ LONG = (f"distill.num_tokens={STEPS * 512}", "distill.checkpoint_steps=1")
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from conftest import _run
 
     folder = tmp_path_factory.mktemp("undisturbed") / "run"

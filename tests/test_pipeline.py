@@ -208,7 +208,7 @@ def interrupt_distill(run: Run, finished: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.fixture
-def half_trained(cache: Path, one_thread: None, finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+def half_trained(cache: Path, finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was killed in training, with step 4 of 8 kept, and step 5 in the metrics but not saved."""
     shutil.rmtree(finished / "distill")
     run("stage=distill", "distill.keep_checkpoints=9")

@@ -44,7 +44,9 @@ def test_the_embedded_teacher_is_smollm2(real_cache: Path) -> None:
     )
     from compress.tokens import TokenBatch
 
-    rows = [json.loads(line)["text"] for line in Path(resolve("embedded:quac", real_cache)).open()][:4]
+    rows = [
+        json.loads(line)["text"] for line in Path(resolve("embedded:quac", real_cache)).read_text().splitlines()[:4]
+    ]
     ids = torch.tensor([(tokenizer(row)["input_ids"] * 4)[:256] for row in rows])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, -1] = False
@@ -56,7 +58,7 @@ def test_the_text_is_split_by_title_and_without_duplicates(real_cache: Path) -> 
     splits = {}
     for name in ("train", "calibration", "selection"):
         path = Path(resolve(f"embedded:boolq-{name}", real_cache))
-        splits[name] = [json.loads(line)["text"] for line in path.open()]
+        splits[name] = [json.loads(line)["text"] for line in path.read_text().splitlines()]
         assert len(set(splits[name])) == len(splits[name])
     titles = {name: {text.partition(" -- ")[0] for text in texts} for name, texts in splits.items()}
     assert not titles["train"] & titles["calibration"]
