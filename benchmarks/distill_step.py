@@ -25,6 +25,7 @@ orientation on a machine that others use: `--threads 1` compares them without th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -38,7 +39,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, default_cache, machine, spread, write_result
 
-CONTENDERS = ("ours", "plain", "trl")
+# `ours` with distill.compile=true, `eager` without it; plain and TRL as people run them.
+CONTENDERS = ("ours", "eager", "plain", "trl")
 SEQUENCES, LENGTH, LAYERS = 4, 512, 20
 LEARNING_RATE, BETAS = 1e-4, (0.9, 0.95)
 TRL_PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0")
@@ -95,12 +97,12 @@ def _rss_anon() -> int:
     raise OSError("/proc/self/status has no RssAnon; this benchmark needs Linux")
 
 
-def _ours(work: Path, steps: int) -> Recorder:
+def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
     import torch
 
     from compress.models import load_model
     from compress.optimizer import LocalOptimizer
-    from compress.parallel import shard, single_process_mesh
+    from compress.parallel import compile_layers, shard, single_process_mesh
     from compress.step import StudentModule, Teacher, accumulate_gradients
     from compress.tokens import TokenBatch
 
@@ -109,6 +111,9 @@ def _ours(work: Path, steps: int) -> Recorder:
     with single_process_mesh() as mesh:
         teacher = Teacher(load_model(_teacher(work), torch.bfloat16))
         model = load_model(work / "student", torch.float32)
+        if compiled:
+            compile_layers(teacher.model)
+            compile_layers(model)
         student = StudentModule(model, temperature=1.0).train()
         shard(student, model.model.layers, mesh, torch.bfloat16)
         optimizer = LocalOptimizer(
@@ -246,7 +251,12 @@ def _trl(work: Path, steps: int) -> Recorder:
     return recorder
 
 
-WORKERS: dict[str, Callable[[Path, int], Recorder]] = {"ours": _ours, "plain": _plain, "trl": _trl}
+WORKERS: dict[str, Callable[[Path, int], Recorder]] = {
+    "ours": _ours,
+    "eager": functools.partial(_ours, compiled=False),
+    "plain": _plain,
+    "trl": _trl,
+}
 
 
 def _rows(work: Path, steps: int) -> list[Any]:

@@ -158,6 +158,7 @@ class DistillConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+    compile: bool = False  # torch.compile per decoder layer: 1.3x on a CPU after half a minute, needs a C++ compiler
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
     log_steps: int = 1

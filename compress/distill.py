@@ -24,7 +24,7 @@ from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.folders import teacher_folder
 from compress.models import check_same_tokenizer, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
-from compress.parallel import resolve_dtype, shard, single_process_mesh
+from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import track
 from compress.step import StudentModule, Teacher, accumulate_gradients
 from compress.tokens import SequenceOrder, TokenSet
@@ -55,6 +55,9 @@ def run(config: CompressConfig, run_dir: Path) -> None:
                 f"vocab_size of student {student_path} is {model.config.vocab_size}, of teacher {teacher_path} "
                 f"{teacher.model.config.vocab_size}: logits are compared id by id; give both the same vocabulary rows"
             )
+        if settings.compile:
+            compile_layers(teacher.model)
+            compile_layers(model)
         student = StudentModule(model, settings.temperature).train()
         shard(student, model.model.layers, mesh, dtype)
         optimizer = LocalOptimizer(

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from compress.errors import ConfigError
 
@@ -68,6 +70,21 @@ def single_process_mesh() -> Iterator[DeviceMesh]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile has no C++ compiler to work with."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if not torch.cuda.is_available() and not any(name and shutil.which(name) for name in names):
+        raise ConfigError(
+            "distill.compile=true needs a C++ compiler (g++ or clang++, or CXX=); install one or set it false"
+        )
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile each decoder layer, in place, on its first call: they share one graph, so under a minute in all."""
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Interrupt
 from compress.estimate import estimate_seconds
 from compress.folders import read_model, teacher_folder
 from compress.models import check_same_tokenizer, load_tokenizer
-from compress.parallel import refuse_several_ranks
+from compress.parallel import check_compiler, refuse_several_ranks
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class StageEntry:
 
 _TRAINING = (
     "num_tokens global_batch_size temperature optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
-    "warmup_steps weight_decay beta1 beta2 epsilon max_gradient_norm"
+    "warmup_steps compile weight_decay beta1 beta2 epsilon max_gradient_norm"
 )
 STAGES: dict[Stage, StageEntry] = {
     Stage.tokenize: StageEntry(
@@ -112,6 +112,8 @@ def run(config: CompressConfig) -> None:
         prune.preflight(config)
         evaluate.preflight(config)
         _check_tokenizers(config)
+        if config.distill.compile and Stage.distill in todo:
+            check_compiler()
     for stage in chosen:
         if stage not in todo:
             log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))

@@ -76,6 +76,19 @@ def test_resume_is_bit_identical(upstream: Path, tmp_path: Path, optimizer: str)
     assert [row["step"] for row in ours] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_alike_and_resume_exactly(upstream: Path, tmp_path: Path) -> None:
+    eager, compiled = _copy(upstream, tmp_path / "eager"), _copy(upstream, tmp_path / "compiled")
+    _train(eager)
+    expected = _train(compiled, "distill.compile=true")
+    for mine, theirs in zip(_rows(compiled), _rows(eager), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for step in (3, 4):
+        shutil.rmtree(compiled / "run" / "distill" / "checkpoints" / f"step_{step:08d}")
+    again = _train(compiled, "distill.compile=true")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
 def test_micro_batch_size_does_not_change_the_training(upstream: Path, tmp_path: Path) -> None:
     one, other = _copy(upstream, tmp_path / "one"), _copy(upstream, tmp_path / "other")
     expected, again = _train(one, "distill.micro_batch_size=8"), _train(other, "distill.micro_batch_size=2")
@@ -130,3 +143,14 @@ def test_a_student_pruned_elsewhere(upstream: Path, tmp_path: Path) -> None:
     (folder / "run" / "prune").rename(elsewhere)
     _train(folder, f"distill.init_from={elsewhere}")
     assert checkpoint.steps(folder / "run" / "distill" / "checkpoints") == [1, 2, 3, 4]
+
+
+def test_compile_without_a_compiler_is_refused_before_any_work(
+    upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _copy(upstream, tmp_path / "a")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"distill.compile=true needs a C\+\+ compiler .* or set it false"):
+        pipeline.run(_config(folder, "distill.compile=true"))
+    assert not (folder / "run" / "distill").exists()
