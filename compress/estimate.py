@@ -68,7 +68,8 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         Stage.score: score / FORWARD_EFFICIENCY,
         Stage.prune: compensate,
         Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
-        Stage.evaluate: evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
+        # The float32 softmax over the vocabulary takes as long again as the products.
+        Stage.evaluate: 2 * evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
     }
     seconds = {stage: OVERHEAD_SECONDS + flops.get(stage, 0.0) / speed for stage in stages}
     if Stage.tokenize in seconds:
