@@ -21,7 +21,7 @@ from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
 from compress.config import CompressConfig, Optimizer
 from compress.errors import ConfigError, Interrupted, NumericalError
-from compress.folders import teacher_folder
+from compress.inputs import student_of, teacher_of
 from compress.models import check_same_tokenizer, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
 from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
@@ -39,9 +39,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     NumericalError when the loss is not finite, Interrupted after SIGTERM, SIGINT or SIGUSR1 was answered by a save.
     """
     settings, trust = config.distill, config.teacher.trust_remote_code
-    cache = Path(config.cache_dir).expanduser()
-    teacher_path = teacher_folder(config.teacher.path, config.teacher.revision, cache, trust)
-    student_path = Path(settings.init_from).expanduser() if settings.init_from else run_dir / "prune"
+    teacher_path = teacher_of(config)
+    student_path = student_of(config, run_dir)
     data, order = training_order(config, run_dir)
     max_steps = num_steps(config)
     check_same_tokenizer(teacher_path, student_path, trust)

@@ -13,8 +13,10 @@ import torch
 from compress.architecture import num_parameters, with_sizes
 from compress.config import CompressConfig, DepthCriterion, Stage
 from compress.embedded import resolve
-from compress.folders import read_model, teacher_folder
+from compress.folders import read_model
+from compress.inputs import teacher_of
 from compress.parallel import resolve_dtype
+from compress.prune import given_sizes
 
 # Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
 FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
@@ -35,23 +37,9 @@ def _flops_per_second(dtype: torch.dtype) -> float:
 def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage, float]:
     """Seconds for each of the stages, to within a factor of about two: 2 FLOP a parameter and token, 6 to train."""
     cache = Path(config.cache_dir).expanduser()
-    info = read_model(
-        teacher_folder(config.teacher.path, config.teacher.revision, cache, config.teacher.trust_remote_code),
-        config.teacher.trust_remote_code,
-    )
+    info = read_model(teacher_of(config), config.teacher.trust_remote_code)
     teacher = num_parameters(info, info.shape)
-    given = {
-        name: value
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-        if (value := getattr(config.prune, name)) is not None
-    }
-    student = num_parameters(info, with_sizes(info.shape, given))
+    student = num_parameters(info, with_sizes(info.shape, given_sizes(config)))
     student = min(student, int(config.prune.max_parameters or student))
     speed = _flops_per_second(resolve_dtype(config.compute_dtype))
     length, layers = config.data.sequence_length, info.shape.num_hidden_layers

@@ -16,7 +16,7 @@ from compress.config import CompressConfig, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
 from compress.export import folder_name as export_folder
-from compress.folders import teacher_folder
+from compress.inputs import student_of, teacher_of
 from compress.metrics import generation_speed, language_modelling
 from compress.models import load_model, load_tokenizer
 from compress.parallel import resolve_dtype
@@ -35,10 +35,10 @@ def folder_name(config: CompressConfig) -> str:
 def run(config: CompressConfig, run_dir: Path) -> None:
     """Write evaluate/metrics.json; its form is in the README and stays."""
     trust = config.teacher.trust_remote_code
-    teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
+    teacher = teacher_of(config)
     folders = {
         "teacher": teacher,
-        "pruned": Path(config.distill.init_from).expanduser() if config.distill.init_from else run_dir / "prune",
+        "pruned": student_of(config, run_dir),
         "distilled": run_dir / export_folder(config),
     }
     dtype = resolve_dtype(config.compute_dtype)

@@ -12,7 +12,7 @@ from compress.artifacts import MANIFEST, building_folder, open_permissions, repl
 from compress.config import CompressConfig
 from compress.distill import num_steps
 from compress.errors import ArtifactError
-from compress.folders import teacher_folder
+from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.slicing import copy_companions
@@ -31,8 +31,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     Raises ArtifactError when there is no whole checkpoint, the step isn't kept, or the reloaded folder differs.
     """
     trust = config.teacher.trust_remote_code
-    teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
-    pruned = Path(config.distill.init_from).expanduser() if config.distill.init_from else run_dir / "prune"
+    teacher = teacher_of(config)
+    pruned = student_of(config, run_dir)
     found = checkpoint.newest(run_dir / "distill" / "checkpoints", config.export.step)
     if found is None:
         raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")

@@ -34,7 +34,8 @@ from compress.config import CompressConfig, DepthCriterion, Stage
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
-from compress.folders import read_model, teacher_folder
+from compress.folders import read_model
+from compress.inputs import student_of, teacher_of
 from compress.models import check_same_tokenizer, load_tokenizer
 from compress.parallel import check_compiler, refuse_several_ranks
 
@@ -127,7 +128,7 @@ def run(config: CompressConfig) -> None:
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
     if Stage.evaluate in chosen or Stage.export in chosen:
-        pruned = config.distill.init_from or run_dir / "prune"
+        pruned = student_of(config, run_dir)
         print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
 
 
@@ -150,7 +151,7 @@ def _chosen(config: CompressConfig) -> list[Stage]:
 def _check_tokenizers(config: CompressConfig) -> None:
     """The teacher's loads, and a student from elsewhere (distill.init_from) is whole and has the same one."""
     trust = config.teacher.trust_remote_code
-    teacher = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
+    teacher = teacher_of(config)
     if not config.distill.init_from:
         load_tokenizer(teacher, trust)
         return
@@ -195,8 +196,8 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
 
     A stage's fingerprint holds those of the stages before it, so all of them are known before anything runs.
     """
-    trust, cache = config.teacher.trust_remote_code, Path(config.cache_dir).expanduser()
-    teacher = teacher_folder(config.teacher.path, config.teacher.revision, cache, trust)
+    cache = Path(config.cache_dir).expanduser()
+    teacher = teacher_of(config)
     plain = _plain(config)
     files: dict[Stage, dict[str, str]] = {stage: {} for stage in STAGES}
     files[Stage.tokenize]["the teacher's tokenizer"] = _tokenizer_fingerprint(teacher)

@@ -18,8 +18,9 @@ from compress.compensation import compensated_weights
 from compress.config import CompressConfig, DepthCriterion
 from compress.depth import removal_reach
 from compress.errors import ArtifactError, ConfigError
-from compress.folders import read_model, teacher_folder
+from compress.folders import read_model
 from compress.importance import Importance, load_importance
+from compress.inputs import teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
@@ -40,7 +41,7 @@ def preflight(config: CompressConfig) -> None:
     (distill.init_from) needs no shape.
     """
     info = _teacher(config)
-    nothing_asked = not (_given_sizes(config) or config.prune.removed_layers or config.prune.max_parameters)
+    nothing_asked = not (given_sizes(config) or config.prune.removed_layers or config.prune.max_parameters)
     if config.distill.init_from and nothing_asked:
         return
     if config.prune.max_parameters is None:
@@ -97,18 +98,17 @@ def _compensate(config: CompressConfig, run_dir: Path, info: ModelInfo, kept: Ke
 
 
 def _teacher(config: CompressConfig) -> ModelInfo:
-    trust = config.teacher.trust_remote_code
-    folder = teacher_folder(config.teacher.path, config.teacher.revision, Path(config.cache_dir).expanduser(), trust)
-    return read_model(folder, trust)
+    return read_model(teacher_of(config), config.teacher.trust_remote_code)
 
 
-def _given_sizes(config: CompressConfig) -> dict[str, int]:
+def given_sizes(config: CompressConfig) -> dict[str, int]:
+    """The sizes that prune.* gives; what is open stays out."""
     return {name: getattr(config.prune, name) for name in PRUNABLE if getattr(config.prune, name) is not None}
 
 
 def _given_shape(config: CompressConfig, info: ModelInfo) -> Shape:
     """The teacher's shape with the given sizes; layers also by prune.removed_layers. Raises ConfigError if illegal."""
-    sizes = _given_sizes(config)
+    sizes = given_sizes(config)
     total = info.shape.num_hidden_layers
     removed = config.prune.removed_layers
     if removed is not None:
@@ -148,7 +148,7 @@ def _grid(config: CompressConfig, info: ModelInfo, importance: Importance | None
         max_width_pruning=config.shape.max_width_pruning,
         max_depth_pruning=config.shape.max_depth_pruning,
         max_removed_layers=reach,
-        fixed=_given_sizes(config),
+        fixed=given_sizes(config),
     )
 
 
@@ -206,7 +206,7 @@ def _choices(
     config: CompressConfig, info: ModelInfo, importance: Importance, shape: Shape, searched: bool
 ) -> dict[str, str]:
     """For each size, where it comes from, and for the layers, by what they were chosen."""
-    given = _given_sizes(config)
+    given = given_sizes(config)
     choices = {}
     for name in PRUNABLE:
         value, teacher = getattr(shape, name), getattr(info.shape, name)

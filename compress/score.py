@@ -17,8 +17,9 @@ from compress.artifacts import fingerprint_path, write_json
 from compress.config import CompressConfig, DepthCriterion
 from compress.depth import LayerRemoval, greedy_layer_removal, removal_reach
 from compress.errors import ConfigError
-from compress.folders import read_model, teacher_folder
+from compress.folders import read_model
 from compress.importance import estimate_importance, save_importance
+from compress.inputs import teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
@@ -76,12 +77,7 @@ def _greedy(config: CompressConfig, info: ModelInfo, model: PreTrainedModel, tok
 
 def run(config: CompressConfig, run_dir: Path) -> None:
     """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text."""
-    folder = teacher_folder(
-        config.teacher.path,
-        config.teacher.revision,
-        Path(config.cache_dir).expanduser(),
-        config.teacher.trust_remote_code,
-    )
+    folder = teacher_of(config)
     info = read_model(folder, config.teacher.trust_remote_code)
     tokens = _calibration(config, run_dir, info)
     model = load_model(folder, resolve_dtype(config.compute_dtype), config.teacher.trust_remote_code)

@@ -41,7 +41,7 @@ from compress.encoding import (
     tokenizer_identity,
 )  # fmt: skip
 from compress.errors import ArtifactError, NumericalError
-from compress.folders import teacher_folder
+from compress.inputs import teacher_of
 from compress.overlap import measure_overlap
 from compress.progress import duration, track
 from compress.sources import split_source
@@ -71,7 +71,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     folder = run_dir / "tokens"
     cache_dir = Path(config.cache_dir).expanduser()
     trust = config.teacher.trust_remote_code
-    teacher = teacher_folder(config.teacher.path, config.teacher.revision, cache_dir, trust)
+    teacher = teacher_of(config)
     cached_tokenizer.cache_clear()  # the folder may have changed since an earlier run in this process
     tokenizer = cached_tokenizer(teacher, trust)
     sources = _find_sources(config, teacher, tokenizer, folder, cache_dir)

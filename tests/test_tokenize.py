@@ -24,20 +24,12 @@ from transformers import AutoTokenizer
 from compress import tokenize
 from compress.artifacts import read_json
 from compress.config import CompressConfig, load_config
-from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, NumericalError
 from compress.overlap import COMMON_MIN_DOCUMENTS, NGRAM, measure_overlap, ngram_hashes
 from compress.packing import Packer
 from compress.tokens import TokenSet, shard_name, write_index, write_shard
 
 EOS = 2
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    resolve("embedded:tiny", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
