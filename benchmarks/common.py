@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -48,6 +50,20 @@ def machine() -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def pipeline_arguments(description: str | None, name: str) -> argparse.ArgumentParser:
+    """What every script that runs the pipeline takes: settings for all its runs, their folder, the result file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings for all")
+    parser.add_argument("--runs", type=lambda p: Path(p).resolve(), default=ROOT / "runs" / "benchmarks" / name)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json")
+    return parser
+
+
+def log_plainly() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def start_as_the_makefile_does() -> None:

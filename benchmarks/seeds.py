@@ -12,19 +12,17 @@ Resumable: a killed run goes on from its checkpoint, finished seeds are skipped 
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    RESULTS,
-    ROOT,
     fingerprint_of,
     load_rows,
+    log_plainly,
     machine,
+    pipeline_arguments,
     share_stages,
     spread,
     stage_seconds,
@@ -93,21 +91,16 @@ def show(rows: dict[str, Any], summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pipeline_arguments(__doc__, "seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings for all")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks" / "seeds")
-    parser.add_argument("--output", type=Path, default=RESULTS / "seeds.json")
     options = parser.parse_args()
     start_as_the_makefile_does()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    runs: Path = options.runs.resolve()
+    log_plainly()
     before = load_rows(options.output)
     rows: dict[str, Any] = {}
     sources: list[Path] = []
     for seed in options.seeds:
-        run_dir = runs / f"seed_{seed}"
+        run_dir = options.runs / f"seed_{seed}"
         rows[str(seed)] = measure(seed, run_dir, options.set, before.get(str(seed)), sources)
         sources.append(run_dir)
         summary = summarise(rows)

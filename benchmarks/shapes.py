@@ -1,7 +1,7 @@
 """Which shape near 100 M parameters distils best: the same short distillation for each, judged on the selection set.
 
     python -m benchmarks.shapes                                   # from the repository's root; about 3 min a shape
-    python -m benchmarks.shapes --num-tokens 65536 --only 27_layers_1008   # one shape at the recipe's full length
+    python -m benchmarks.shapes --num-tokens 65536 --only mix_27_layers_MLP_1008  # one shape at full length
     python -m benchmarks.shapes --set prune.compensate=false      # another setting for all
 
 Every shape is a run of the recipe smollm2_135m_to_100m by the real pipeline; only the shape and distill.num_tokens
@@ -16,20 +16,18 @@ results file with the fingerprint of all their settings and inputs, and skipped 
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    RESULTS,
-    ROOT,
     fingerprint_of,
     load_rows,
+    log_plainly,
     machine,
+    pipeline_arguments,
     share_stages,
     stage_seconds,
     start_as_the_makefile_does,
@@ -51,12 +49,7 @@ SHAPES: dict[str, tuple[int, dict[str, int]]] = {
         {"intermediate_size": 1040, "num_attention_heads": 6, "num_key_value_heads": 2},
     ),
     "width only: hidden 432, MLP 1504": (30, {"hidden_size": 432, "intermediate_size": 1504}),
-    "mix: 28 layers, MLP 960": (28, {"intermediate_size": 960}),
     "mix: 27 layers, MLP 1008": (27, {"intermediate_size": 1008}),
-    "mix: 27 layers, MLP 1184, 6 heads": (
-        27,
-        {"intermediate_size": 1184, "num_attention_heads": 6, "num_key_value_heads": 2},
-    ),
     "mix: 25 layers, MLP 1136": (25, {"intermediate_size": 1136}),
     "mix: 23 layers, MLP 1280": (23, {"intermediate_size": 1280}),
 }
@@ -166,27 +159,22 @@ def show(rows: dict[str, Any], num_tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pipeline_arguments(__doc__, "shapes")
     parser.add_argument("--num-tokens", type=int, default=16384, help="distill.num_tokens of every shape")
     parser.add_argument("--only", nargs="+", default=[], help="shapes by name, or the run folder's form of it")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings for all")
     parser.add_argument("--removal-order", type=int, nargs=NUM_REMOVED, help="layers, first removed first")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks" / "shapes")
-    parser.add_argument("--output", type=Path, default=RESULTS / "shapes.json")
     options = parser.parse_args()
     start_as_the_makefile_does()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    runs: Path = options.runs.resolve()
+    log_plainly()
     chosen = {n: s for n, s in SHAPES.items() if not options.only or {n, slug(n)} & set(options.only)}
     if not chosen:
         parser.error(f"--only {options.only}: there are {', '.join(map(slug, SHAPES))}")
-    order = options.removal_order or removal_order(runs, options.set)
+    order = options.removal_order or removal_order(options.runs, options.set)
     rows = load_rows(options.output)
-    sources = [runs / "greedy"]
+    sources = [options.runs / "greedy"]
     for name, (num_layers, sizes) in chosen.items():
         shape = overrides(name, num_layers, sizes, order)
-        run_dir = runs / f"{slug(name)}_{options.num_tokens}"
+        run_dir = options.runs / f"{slug(name)}_{options.num_tokens}"
         extra = [f"distill.num_tokens={options.num_tokens}", *shape, *options.set]
         rows[name] = measure(name, common_settings(run_dir, extra), rows.get(name), sources)
         sources.append(run_dir)

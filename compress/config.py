@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -373,104 +374,104 @@ def to_config(composed: DictConfig) -> CompressConfig:
     return config
 
 
+_Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+# Rules of one value each; null is always a choice where the type admits it.
+_RULES: tuple[_Rule, ...] = (
+    (
+        lambda v: v >= 1,
+        "must be at least 1",
+        "data.records_per_shard score.num_sequences score.greedy_sequences score.micro_batch_size "
+        "score.max_removed_layers shape.multiple_of prune.hidden_size prune.intermediate_size prune.num_hidden_layers "
+        "prune.num_attention_heads prune.num_key_value_heads prune.compensate_sequences distill.global_batch_size "
+        "distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints distill.log_steps export.step "
+        "evaluate.micro_batch_size evaluate.lm_eval_items evaluate.generate_tokens",
+    ),
+    (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
+    (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
+    (lambda v: v >= 0, "must be 0 (chosen for you) or more", "threads data.workers"),
+    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps"),
+    (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
+    (bool, "is empty; give a folder", "run_dir cache_dir"),
+    (bool, "is empty; give a Hugging Face folder, a hub id, or embedded:NAME", "teacher.path"),
+    (
+        _positive,
+        "must be a positive number",
+        "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
+        "distill.epsilon prune.max_parameters",
+    ),
+    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
+    (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
+    (lambda v: 0 <= v < 1, "must be within 0 and 1, 1 excluded", "distill.beta1 distill.beta2"),
+    (
+        lambda v: 0 <= v < 1,
+        "is a share: within 0 and 1, 1 excluded",
+        "shape.max_width_pruning shape.max_depth_pruning",
+    ),
+    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_parameters_ratio"),
+    (
+        lambda v: _positive(v) and v == int(v),
+        "must be a whole positive number of tokens",
+        "distill.num_tokens",
+    ),
+    (
+        lambda v: v and "/" not in v and not v.startswith("."),
+        "becomes a folder: it must be non-empty, without '/' or a leading '.'",
+        "name",
+    ),
+)
+
+
 def check(config: CompressConfig) -> None:
     """The rules between settings that need no file. Raises ConfigError with key, value, rule and remedy."""
-
-    def rule(holds: bool, key: str, text: str) -> None:
-        if not holds:
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            raise ConfigError(f"{key}={value} {text}")
-
-    for key in [
-        "data.sequence_length",
-        "data.records_per_shard",
-        "score.num_sequences",
-        "score.greedy_sequences",
-        "score.micro_batch_size",
-        "shape.multiple_of",
-        "distill.global_batch_size",
-        "distill.micro_batch_size",
-        "distill.checkpoint_steps",
-        "distill.keep_checkpoints",
-        "distill.log_steps",
-        "evaluate.micro_batch_size",
-        "evaluate.lm_eval_items",
-        "evaluate.generate_tokens",
-    ]:
-        section, name = key.split(".")
-        rule(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")
-    rule(config.threads >= 0, "threads", "must be 0 (torch's own choice) or more")
-    rule(config.data.workers >= 0, "data.workers", "must be 0 (one per core) or more")
-    rule(0 <= config.seed < 2**63, "seed", "must be within 0 and 2**63 - 1")
-    step, reach, tokens = config.export.step, config.score.max_removed_layers, config.evaluate.max_tokens
-    rule(step is None or step >= 1, "export.step", "must be at least 1, or null for the last one")
-    rule(reach is None or reach >= 1, "score.max_removed_layers", "must be at least 1, or null for half of the layers")
-    rule(
-        tokens is None or (_positive(tokens) and tokens >= 1),
-        "evaluate.max_tokens",
-        "must be at least 1, or null for all",
-    )
-    rule(bool(config.run_dir), "run_dir", "is empty; give a folder")
-    rule(bool(config.teacher.path), "teacher.path", "is empty; give a Hugging Face folder, a hub id, or embedded:NAME")
-    for key in [
-        "distill.learning_rate",
-        "distill.muon_learning_rate",
-        "distill.temperature",
-        "distill.max_gradient_norm",
-        "distill.epsilon",
-    ]:
-        rule(_positive(getattr(config.distill, key.split(".")[1])), key, "must be a positive number")
-    rule(config.data.sequence_length >= 8, "data.sequence_length", "must be at least 8 tokens")
-    rule(config.distill.warmup_steps >= 0, "distill.warmup_steps", "must be 0 or more")
-    rule(0 <= config.distill.weight_decay < math.inf, "distill.weight_decay", "must be 0 or more, and finite")
-    rule(0 <= config.distill.min_learning_rate_ratio <= 1, "distill.min_learning_rate_ratio", "must be within 0 and 1")
-    for key in ("beta1", "beta2"):
-        rule(0 <= getattr(config.distill, key) < 1, f"distill.{key}", "must be within 0 and 1, 1 excluded")
-    for key in ("max_width_pruning", "max_depth_pruning"):
-        rule(0 <= getattr(config.shape, key) < 1, f"shape.{key}", "is a share: within 0 and 1, 1 excluded")
-    rule(0 < config.shape.min_parameters_ratio <= 1, "shape.min_parameters_ratio", "must be within 0 and 1, 0 excluded")
-    rule(
-        config.distill.global_batch_size % config.distill.micro_batch_size == 0,
-        "distill.global_batch_size",
-        f"must be a multiple of distill.micro_batch_size={config.distill.micro_batch_size}",
-    )
-    tokens = config.distill.num_tokens
-    rule(_positive(tokens) and tokens == int(tokens), "distill.num_tokens", "must be a whole positive number of tokens")
-    a_step = config.distill.global_batch_size * config.data.sequence_length
-    rule(
-        tokens >= a_step,
-        "distill.num_tokens",
-        f"is less than one step of distill.global_batch_size * data.sequence_length = {a_step} tokens",
-    )
-    if config.prune.max_parameters is not None:
-        rule(_positive(config.prune.max_parameters), "prune.max_parameters", "must be a positive number")
-        rule(config.prune.removed_layers is None, "prune.removed_layers", "can't be combined with prune.max_parameters")
-    for name in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]:
-        value = getattr(config.prune, name)
-        rule(value is None or value >= 1, f"prune.{name}", "must be at least 1")
+    for holds, text, keys in _RULES:
+        for key in keys.split():
+            value = operator.attrgetter(key)(config)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key}={value} {text}")
+    _check_batches(config)
+    if config.prune.max_parameters is not None and config.prune.removed_layers is not None:
+        raise ConfigError(
+            f"prune.removed_layers={config.prune.removed_layers} can't be combined with prune.max_parameters="
+            f"{config.prune.max_parameters:,.0f}, which chooses the layers; set one of the two to null"
+        )
     for split in ("train", "calibration", "validation"):
-        sources = getattr(config.data, split)
-        if not sources:
-            raise ConfigError(
-                f"data.{split} is empty; give at least one source, such as data.{split}=[{{path: my.jsonl}}]"
-            )
-        weights = [s.weight for s in sources]
-        if any(w is not None for w in weights) and not all(w is not None and _positive(w) for w in weights):
-            raise ConfigError(f"data.{split}: weights {weights} must be positive for every source, or given for none")
-    names = [set_name(s) for s in config.data.validation]
+        _check_sources(split, getattr(config.data, split))
+
+
+def _check_batches(config: CompressConfig) -> None:
+    distill, length = config.distill, config.data.sequence_length
+    if distill.global_batch_size % distill.micro_batch_size:
+        raise ConfigError(
+            f"distill.global_batch_size={distill.global_batch_size} must be a multiple of "
+            f"distill.micro_batch_size={distill.micro_batch_size}"
+        )
+    if distill.num_tokens < distill.global_batch_size * length:
+        raise ConfigError(
+            f"distill.num_tokens={distill.num_tokens} is less than one step of distill.global_batch_size * "
+            f"data.sequence_length = {distill.global_batch_size * length} tokens; give it more, or a smaller batch"
+        )
+
+
+def _check_sources(split: str, sources: list[SourceConfig]) -> None:
+    if not sources:
+        raise ConfigError(f"data.{split} is empty; give at least one source, such as data.{split}=[{{path: my.jsonl}}]")
+    weights = [s.weight for s in sources]
+    if any(w is not None for w in weights) and not all(w is not None and _positive(w) for w in weights):
+        raise ConfigError(f"data.{split}: weights {weights} must be positive for every source, or given for none")
+    if split != "validation":
+        return
+    names = [set_name(s) for s in sources]
     if len(set(names)) != len(names):
         raise ConfigError(f"data.validation: the names {names} must differ; set name= on each source")
     for name in names:
         if not re.fullmatch(r"[\w-]+", name):
             raise ConfigError(f"data.validation name={name!r} becomes a folder: letters, digits, '-' and '_' only")
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        raise ConfigError(f"name={config.name!r} becomes a folder: it must be non-empty, without '/' or a leading '.'")
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
 
 
 def set_name(source: SourceConfig) -> str:

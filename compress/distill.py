@@ -25,7 +25,7 @@ from compress.inputs import student_of, teacher_of
 from compress.models import check_same_tokenizer, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
 from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
-from compress.progress import track
+from compress.progress import about, track
 from compress.step import StudentModule, Teacher, accumulate_gradients
 from compress.tokens import SequenceOrder, TokenSet
 
@@ -166,7 +166,7 @@ def progress_line(config: CompressConfig, run_dir: Path) -> str:
     left = (num_steps(config) - rows[-1]["step"]) * pace
     saved = checkpoint.steps(run_dir / "distill" / "checkpoints")
     return (
-        f"step {rows[-1]['step']} of {num_steps(config)}, loss {rows[-1]['loss']:.4f}, about {left / 60:.0f} min left; "
+        f"step {rows[-1]['step']} of {num_steps(config)}, loss {rows[-1]['loss']:.4f}, about {about(left)} left; "
         f"kept steps: {', '.join(map(str, saved)) or 'none'}"
     )
 

@@ -38,11 +38,12 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     """Seconds for each of the stages, to within a factor of about two: 2 FLOP a parameter and token, 6 to train."""
     cache = Path(config.cache_dir).expanduser()
     info = read_model(teacher_of(config), config.teacher.trust_remote_code)
+    length, layers = config.data.sequence_length, info.shape.num_hidden_layers
     teacher = num_parameters(info, info.shape)
-    student = num_parameters(info, with_sizes(info.shape, given_sizes(config)))
+    sizes = {"num_hidden_layers": layers - len(config.prune.removed_layers or []), **given_sizes(config)}
+    student = num_parameters(info, with_sizes(info.shape, sizes))
     student = min(student, int(config.prune.max_parameters or student))
     speed = _flops_per_second(resolve_dtype(config.compute_dtype))
-    length, layers = config.data.sequence_length, info.shape.num_hidden_layers
     score = 2 * teacher * config.score.num_sequences * length
     if config.score.depth is DepthCriterion.greedy_kl and config.prune.removed_layers is None:
         removed = layers - (config.prune.num_hidden_layers or config.score.max_removed_layers or layers // 2)

@@ -30,7 +30,7 @@ from compress.artifacts import (
     run_lock,
     write_json,
 )
-from compress.config import CompressConfig, DepthCriterion, Stage
+from compress.config import CompressConfig, DepthCriterion, Stage, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
@@ -38,6 +38,7 @@ from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
 from compress.models import check_same_tokenizer, load_tokenizer
 from compress.parallel import check_compiler, refuse_several_ranks
+from compress.progress import about
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.distill: StageEntry(
         distill.run,
         (Stage.tokenize, Stage.prune),
-        ("seed", "compute_dtype", "distill.init_from", *(f"distill.{key}" for key in _TRAINING.split())),
+        ("seed", "compute_dtype", "data.train[*].weight", "distill.init_from",
+         *(f"distill.{key}" for key in _TRAINING.split())),
         lambda _: "distill",
     ),
     Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export.folder_name),
@@ -120,7 +122,7 @@ def run(config: CompressConfig) -> None:
             log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))
     if todo:
         estimated = estimate_seconds(config, todo)
-        log.info("will run %s: about %s in all, into %s", ", ".join(todo), _duration(sum(estimated.values())), run_dir)
+        log.info("will run %s: about %s in all, into %s", ", ".join(todo), about(sum(estimated.values())), run_dir)
     for stage in todo:
         if stage is not Stage.tokenize and Stage.distill in todo[todo.index(stage) :]:
             distill.training_order(config, run_dir)  # refuses data that can't be trained on before the scoring
@@ -188,7 +190,7 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: di
         manifest = {**expected, "seconds": seconds, "versions": _versions(), "config": _plain(config)}
         write_json(folder / MANIFEST, manifest)
         (folder / STARTED).unlink(missing_ok=True)
-    log.info("%s: done in %s", stage, _duration(seconds))
+    log.info("%s: done in %s", stage, about(seconds))
 
 
 def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
@@ -202,8 +204,11 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
     files: dict[Stage, dict[str, str]] = {stage: {} for stage in STAGES}
     files[Stage.tokenize]["the teacher's tokenizer"] = _tokenizer_fingerprint(teacher)
     for split in ("train", "calibration", "validation"):
-        for source in getattr(config.data, split):
-            files[Stage.tokenize][f"data.{split}: {source.path}"] = _source_fingerprint(source.path, cache)
+        for number, source in enumerate(getattr(config.data, split)):
+            files[Stage.tokenize][f"the text of data.{split}[{number}]"] = _source_fingerprint(source.path, cache)
+            # What a file holds counts, and the name it goes by, but not where it lies; its weight is distill's.
+            plain["data"][split][number] |= {"path": None, "name": set_name(source), "weight": None}
+    plain["data"]["train[*]"] = {"weight": [source.weight for source in config.data.train]}
     teacher_fingerprint = fingerprint_path(teacher)
     for stage in (Stage.score, Stage.prune, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
@@ -334,12 +339,6 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors", "datasets", "tokenizers")}
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def status(config: CompressConfig) -> Table:
     """What is done, under way and left in the run folder; reads only."""
     run_dir = _run_dir(config)
@@ -350,10 +349,10 @@ def status(config: CompressConfig) -> Table:
         folder = run_dir / entry.folder(config)
         state, detail, seconds = "not started", "", ""
         if (folder / MANIFEST).exists():
-            state, seconds = "done", _duration(float(_read_manifest(folder / MANIFEST).get("seconds", 0.0)))
+            state, seconds = "done", about(float(_read_manifest(folder / MANIFEST).get("seconds", 0.0)))
         elif (folder / STARTED).exists():
             began = (folder / STARTED).stat().st_mtime
-            state, seconds = "begun", _duration(max(0.0, time.time() - began)) + " ago"
+            state, seconds = "begun", about(max(0.0, time.time() - began)) + " ago"
         if state != "done" and (folder / ERROR).exists():
             state = "begun" if state == "begun" else "failed"
             detail = str(read_json(folder / ERROR).get("error"))

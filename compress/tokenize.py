@@ -43,7 +43,7 @@ from compress.encoding import (
 from compress.errors import ArtifactError, NumericalError
 from compress.inputs import teacher_of
 from compress.overlap import measure_overlap
-from compress.progress import duration, track
+from compress.progress import about, track
 from compress.sources import split_source
 from compress.tokens import INDEX, Rows, TokenSet, shard_facts, shard_name, target_mask, write_index
 
@@ -208,7 +208,7 @@ def _encode(tasks: list[Task], workers: int) -> Iterator[Task]:
         yield first
         count = count if seconds * (1 - 1 / count) > POOL_SECONDS else 1
         if seconds > POOL_SECONDS:
-            log.info("tokenize: about %s of work left, on %d processes", duration(seconds), count)
+            log.info("tokenize: about %s of work left, on %d processes", about(seconds), count)
     if count <= 1 or len(tasks) <= 1:
         for task in tasks:
             encode_shard(task)

@@ -110,7 +110,7 @@ def test_a_setting_of_the_wrong_form_is_answered_with_the_right_one(override: st
         ("data.train=[{path: a, weight: -1}]", "data.train: weights [-1.0]"),
         ("data.validation=[{path: x/a.txt}, {path: y/a.jsonl}]", "data.validation: the names ['a', 'a'] must differ"),
         ("data.validation=[{path: a, name: b/c}]", "data.validation name='b/c'"),
-        ("name=a/b", "name='a/b' becomes a folder"),
+        ("name=a/b", "name=a/b becomes a folder"),
         ("run_dir=", "run_dir= is empty"),
         ("teacher.path=", "teacher.path= is empty"),
     ],

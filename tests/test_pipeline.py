@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from compress import checkpoint, pipeline
 from compress.artifacts import fingerprint_path, run_lock
-from compress.config import CompressConfig, Stage, load_config
+from compress.config import CompressConfig, Stage, load_config, set_name
+from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.pipeline import STAGES
 
@@ -155,7 +156,7 @@ def test_a_changed_input_file_is_named(run: Run, tmp_path: Path, cache: Path, te
     run("stage=score", *settings)
     with text.open("a") as handle:
         handle.write('{"text": "one more"}\n')
-    assert f"data.train: {text} changed" in refusal(run, "stage=tokenize", *settings)
+    assert "the text of data.train[0] changed" in refusal(run, "stage=tokenize", *settings)
     shutil.copy(cache / "tiny" / "train.jsonl", text)
     run("stage=tokenize", *settings)  # equal bytes, newer file: still done
     generation = teacher / "generation_config.json"
@@ -326,7 +327,7 @@ def test_status_before_during_and_after(
     found = states(text)
     assert [found[stage] for stage in STAGES] == ["done", "done", "done", "begun", "not started", "not started"]
     assert re.search(
-        r"step 5 of 8, loss \d\.\d+, about 0 min left; kept steps: 2, 4; last error: SIGTERM: saved",
+        r"step 5 of 8, loss \d\.\d+, about \d s left; kept steps: 2, 4; last error: SIGTERM: saved",
         " ".join(text.split()),
     )
     assert "GB free" in text
@@ -343,9 +344,22 @@ def test_the_fingerprint_is_of_contents_not_of_places(cache: Path, finished: Pat
     moved = Path(shutil.copytree(cache, tmp_path / "cache"))
     config = load_config(*FAST, f"run_dir={elsewhere}", f"cache_dir={moved}", "name=other")
     expected = pipeline.expectations(config)
+    for source in [*config.data.train, *config.data.calibration, *config.data.validation]:
+        source.name, source.path = set_name(source), str(resolve(source.path, moved))
+    assert pipeline.expectations(config) == expected, "nor does it count how a file is named in the settings"
     for stage, entry in STAGES.items():
         manifest = json.loads((elsewhere / entry.folder(config) / "manifest.json").read_text())
         assert manifest["fingerprint"] == expected[stage]["fingerprint"]
+
+
+def test_new_weights_of_the_sources_keep_the_tokens_and_the_student(
+    run: Run, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = 'data.train=[{path: "embedded:tiny-train", weight: 0.5}, {path: "embedded:tiny-chat", weight: 0.5}]'
+    assert "data.train[*].weight was [0.9, 0.1], is now [0.5, 0.5]" in refusal(run, sources)
+    for stage in ("tokenize", "score", "prune"):
+        run(f"stage={stage}", sources)
+    assert skipped(caplog.text) == ["tokenize", "score", "prune"]
 
 
 def test_run_dir_takes_a_tilde(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
