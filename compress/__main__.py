@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from compress.config import check_overrides, conf_dir, load_config, to_config
+from compress.config import compose_config, conf_dir, load_config, to_config
 from compress.errors import CompressError, Interrupted
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
@@ -75,13 +75,15 @@ def _checked_command_line(arguments: Sequence[str]) -> list[str]:
     if config_dir is not None and not Path(config_dir).is_dir():
         raise CompressError(f"--config-dir {config_dir} is not a folder; give the one that holds recipe/NAME.yaml")
     names = {option.partition("=")[0] for option in options}
+    for name in sorted(names & {"--config-name", "-cn", "--config-path", "-cp"}):
+        raise CompressError(f"{name} isn't used here: your own recipes are DIR/recipe/NAME.yaml with --config-dir DIR")
     if names & {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}:
         pass
     elif names & {"--multirun", "-m"}:
         for job in _sweep(overrides):
             load_config(*job, config_dir=config_dir)
     elif names & {"--cfg", "-c"}:
-        check_overrides(overrides, config_dir)
+        compose_config(*overrides, config_dir=config_dir)
     else:
         load_config(*overrides, config_dir=config_dir)
     return options + overrides

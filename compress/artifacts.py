@@ -46,12 +46,12 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another run_dir=") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise ArtifactError(
-                f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another "
-                "run_dir= or cache_dir=, or move what is in the way"
-            ) from error
-        raise
+        if error.errno is None:
+            raise
+        raise ArtifactError(
+            f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another "
+            "run_dir= or cache_dir=, or move what is in the way"
+        ) from error
 
 
 def _fsync(path: Path) -> None:
@@ -91,13 +91,22 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def remedy_for(path: Path) -> str:
+    """What to do about a damaged file or folder: a stage's own is made again, any other is the user's."""
+    folder = next((f for f in (path, *path.parents[:2]) if (f / MANIFEST).is_file()), None)
+    if folder is None:
+        return "fetch or make it again"
+    return f"delete {folder} and run its stage again, which makes the ones after it again too"
+
+
+def read_json(path: Path, remedy: str | None = None) -> Any:
+    """The content of a JSON file; ArtifactError, ending in `remedy`, when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; run the stage that writes it first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from error
+        raise ArtifactError(f"{path} is missing; {remedy or remedy_for(path)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); {remedy or remedy_for(path)}") from error
 
 
 @contextlib.contextmanager
@@ -181,11 +190,13 @@ def replace_contents(building: Path, target: Path) -> None:
 def open_tensors(path: Path) -> Any:
     """A lazy safetensors reader; a missing, truncated or foreign file is an ArtifactError."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; the folder is incomplete, fetch or make it again")
+        raise ArtifactError(f"{path} is missing; the folder is incomplete, {remedy_for(path)}")
     try:
         return safe_open(path, framework="pt")
     except Exception as error:
-        raise ArtifactError(f"{path} is not a complete safetensors file ({error}); fetch or make it again") from error
+        if "os error 12" in str(error) or "annot allocate memory" in str(error):
+            raise ArtifactError(f"{path}: no memory left to map it ({error}); free some, or lower threads=") from error
+        raise ArtifactError(f"{path} is not a complete safetensors file ({error}); {remedy_for(path)}") from error
 
 
 def fingerprint(value: Any) -> str:

@@ -7,9 +7,12 @@ one whose digest doesn't fit is passed over for the one before, with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +57,43 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(marker.parent.name.removeprefix("step_")) for marker in folder.glob(f"step_*/{MARKER}"))
 
 
-def newest(folder: Path, step: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, facts) of the newest whole checkpoint, or of `step`; None when there is none.
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, facts) of the newest whole checkpoint; None when there is none.
 
-    Raises ArtifactError when checkpoints exist and none is whole, or when the `step` asked for isn't kept.
+    Raises ArtifactError when checkpoints exist and none is whole.
+    """
+    there = steps(folder)
+    for candidate in reversed(there):
+        path = folder / f"step_{candidate:08d}"
+        facts = _facts(path)
+        if facts is not None:
+            return path, facts
+    if there:
+        raise ArtifactError(
+            f"{folder}: none of the checkpoints {there} is whole; delete the folder to train from the start"
+        )
+    return None
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What the marker says; None, with a warning, when a file isn't as it was committed."""
+    try:
+        marker = read_json(path / MARKER)
+        if marker["digest"] == _digest(path):
+            return {"step": marker["step"], **marker["facts"]}
+        reason = "a file has other bytes than when it was committed"
+    except (ArtifactError, KeyError, TypeError) as error:
+        reason = str(error)
+    log.warning("%s is damaged (%s); passing over it", path, reason)
+    return None
+
+
+@contextlib.contextmanager
+def held(folder: Path, into: Path, step: int | None = None) -> Iterator[tuple[Path, dict[str, Any]] | None]:
+    """(folder, facts) of the newest whole checkpoint, or of `step`, while the block lasts; None where there is none.
+
+    Its files are hard-linked as `into` first, so that training may go on and remove the step meanwhile. Raises
+    ArtifactError when the step isn't kept, or nothing is whole.
     """
     there = steps(folder)
     if step is not None and step not in there:
@@ -65,20 +101,32 @@ def newest(folder: Path, step: int | None = None) -> tuple[Path, dict[str, Any]]
             f"{folder}: step {step} is not kept; there are {there or 'none'}; see distill.keep_checkpoints"
         )
     for candidate in [step] if step is not None else reversed(there):
-        path = folder / f"step_{candidate:08d}"
+        shutil.rmtree(into, ignore_errors=True)
         try:
-            marker = read_json(path / MARKER)
-            if marker["digest"] == _digest(path):
-                return path, {"step": marker["step"], **marker["facts"]}
-            reason = "a file has other bytes than when it was committed"
-        except (ArtifactError, KeyError, TypeError) as error:
-            reason = str(error)
-        log.warning("%s is damaged (%s); passing over it", path, reason)
+            with contextlib.suppress(FileNotFoundError, shutil.Error):  # removed between being listed and linked
+                shutil.copytree(folder / f"step_{candidate:08d}", into, copy_function=_link)
+            facts = _facts(into)
+            if facts is not None:
+                yield into, facts
+                return
+        finally:
+            shutil.rmtree(into, ignore_errors=True)
     if there:
+        problem = f"no checkpoint of {there} is whole" if step is None else f"step {step} is damaged or was removed"
         raise ArtifactError(
-            f"{folder}: none of the checkpoints {there} is whole; delete the folder to train from the start"
+            f"{folder}: {problem}; there are now {steps(folder) or 'none'}: give export.step= one of them, or train "
+            "again"
         )
-    return None
+    yield None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> None:

@@ -272,17 +272,20 @@ def load_config(*overrides: str, config_dir: str | Path | None = None) -> Compre
 
     Raises ConfigError for an unknown key or recipe, a wrong type, or a broken rule.
     """
+    return to_config(compose_config(*overrides, config_dir=config_dir))
+
+
+def compose_config(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
+    """What Hydra makes of the settings, required ones possibly still missing. Raises ConfigError as `load_config`."""
     check_overrides(overrides, config_dir)
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         if GlobalHydra.instance().is_initialized():
-            composed = compose("config", overrides=[*overrides])
-        else:
-            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                composed = compose("config", overrides=[*overrides, *extra])
+            return compose("config", overrides=[*overrides])
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", overrides=[*overrides, *extra])
     except Exception as error:  # Hydra and OmegaConf raise a dozen classes here, all of them about the settings
         raise ConfigError(_explain(error)) from error
-    return to_config(composed)
 
 
 def _explain(error: BaseException) -> str:
@@ -394,7 +397,7 @@ _RULES: tuple[_Rule, ...] = (
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
-    (lambda v: v >= 0, "must be 0 (chosen for you) or more", "threads data.workers"),
+    (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
     (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps"),
     (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
     (bool, "is empty; give a folder", "run_dir cache_dir"),
@@ -471,7 +474,10 @@ def _check_sources(split: str, sources: list[SourceConfig]) -> None:
         raise ConfigError(f"data.validation: the names {names} must differ; set name= on each source")
     for name in names:
         if not re.fullmatch(r"[\w-]+", name):
-            raise ConfigError(f"data.validation name={name!r} becomes a folder: letters, digits, '-' and '_' only")
+            raise ConfigError(
+                f"data.validation name={name!r} becomes a folder: letters, digits, '-' and '_' only; set "
+                "name= on this source"
+            )
 
 
 def set_name(source: SourceConfig) -> str:

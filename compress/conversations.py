@@ -15,6 +15,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from compress.errors import ConfigError
 
 # What Llama 3's templates print without a clock. With one they print today's date, and shards would depend on the day.
@@ -41,6 +43,20 @@ def check_chat_template(tokenizer: Any, teacher: str) -> None:
             f"teacher.path={teacher}: its tokenizer has no chat template, and the data has conversations. Use an "
             "instruct model as the teacher, put its chat_template.jinja into the folder, or give records with text"
         )
+    broken: BaseException | None = None
+    try:
+        tokenizer.get_chat_template()
+        _render(tokenizer, [{"role": "user", "content": "x"}], None, True)
+    except ValueError as error:  # several templates, and none is the default
+        broken = error
+    except _NotServable as refused:  # what a template raises itself, about this message, is no fault
+        broken = refused.__cause__ if isinstance(refused.__cause__, TemplateSyntaxError) else None
+    if broken is not None:
+        reason = (str(broken).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"teacher.path={teacher}: its chat template can't be used ({type(broken).__name__}: {reason[:200]}); mend "
+            "chat_template.jinja, or chat_template in tokenizer_config.json"
+        ) from broken
 
 
 def encode_conversation(

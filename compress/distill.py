@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,7 +10,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,7 @@ def _resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
 def progress_line(config: CompressConfig, run_dir: Path) -> str:
     """How far training is, for `stage=status`: step, loss, and time left at the last steps' pace."""
     metrics = run_dir / "distill" / "metrics.jsonl"
-    rows = (
-        [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-        if metrics.exists()
-        else []
-    )
+    rows = _logged(metrics)
     if not rows:
         return "no step yet"
     pace = sum(row["seconds"] for row in rows[-10:]) / len(rows[-10:])
@@ -205,8 +201,18 @@ def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, 
 def _keep_metrics_before(metrics: Path, step: int) -> None:
     """Drop the lines of steps that a kill took back, so that the file has each step once."""
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-        write_atomic(metrics, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        write_atomic(metrics, "".join(f"{json.dumps(row)}\n" for row in _logged(metrics) if row["step"] <= step))
+
+
+def _logged(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; what a kill or a full disk left of a line isn't one."""
+    rows = []
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"step", "seconds", "loss"} <= row.keys():
+                rows.append(row)
+    return rows
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
@@ -221,7 +227,7 @@ class _Stop:
     name: str = ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
     """Turn SIGTERM (scancel, time limit), SIGUSR1 (Slurm's early warning) and SIGINT into a wish read after a step."""
     stop = _Stop()

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import glob
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from compress.folders import read_model
 from compress.inputs import teacher_of
 from compress.parallel import resolve_dtype
 from compress.prune import given_sizes
+from compress.sources import local_files
 
 # Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
 FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
@@ -66,7 +66,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
             Path(file).stat().st_size
             for split in (config.data.train, config.data.calibration, config.data.validation)
             for source in split
-            for file in glob.glob(str(Path(resolve(source.path, cache)).expanduser()))
+            for file in local_files(str(Path(resolve(source.path, cache)).expanduser()))
             if Path(file).is_file()
         ) / TEXT_BYTES_PER_SECOND  # fmt: skip
     return seconds

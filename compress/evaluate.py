@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from compress.artifacts import read_json, write_json
+from compress.artifacts import read_json, remedy_for, write_json
 from compress.config import CompressConfig, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
@@ -107,16 +107,35 @@ def preflight(config: CompressConfig) -> None:
     items = Path(resolve(config.evaluate.lm_eval_path, Path(config.cache_dir).expanduser())).expanduser()
     if not items.is_file():
         raise ConfigError(f"evaluate.lm_eval_path={items} is not there; give a jsonl of question, choices, label")
-    with items.open() as handle:
-        first = handle.readline()
+    with items.open(errors="replace") as handle:
+        if not any(line.strip() for line in handle):
+            raise ConfigError(f"evaluate.lm_eval_path={items} is empty; give a jsonl of question, choices, label")
+        handle.seek(0)
+        for number, line in enumerate(handle, start=1):
+            if line.strip() and (problem := _item_problem(line)):
+                raise ConfigError(
+                    f"evaluate.lm_eval_path={items} line {number}: {problem}; each line must be a JSON object of "
+                    "question (text), choices (two texts or more) and label (the right one's index): "
+                    f"{line.strip()[:80]!r}"
+                )
+
+
+def _item_problem(line: str) -> str | None:
+    """What is wrong with a multiple-choice item; None when nothing is."""
     try:
-        row = json.loads(first or "{}")
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"evaluate.lm_eval_path={items}: its first line is no JSON ({error}); it must be jsonl"
-        ) from error
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return f"not valid JSON ({error})"
     if not isinstance(row, dict) or not {"question", "choices", "label"} <= row.keys():
-        raise ConfigError(f"evaluate.lm_eval_path={items}: rows need question, choices and label, found {first[:80]!r}")
+        return "not an object with question, choices and label"
+    choices, label = row["choices"], row["label"]
+    if not isinstance(row["question"], str):
+        return "question is no text"
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        return "choices is no list of two texts or more"
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+        return f"label={label!r} is no index of its {len(choices)} choices"
+    return None
 
 
 def table(config: CompressConfig, run_dir: Path) -> Table:
@@ -126,7 +145,7 @@ def table(config: CompressConfig, run_dir: Path) -> Table:
     try:
         return _table(metrics)
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} lacks {error}; delete {path.parent} and run stage=evaluate again") from error
+        raise ArtifactError(f"{path} lacks {error}; {remedy_for(path)}") from error
 
 
 def _table(metrics: dict[str, Any]) -> Table:

@@ -11,7 +11,7 @@ from compress import checkpoint
 from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents
 from compress.config import CompressConfig
 from compress.distill import num_steps
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
@@ -25,6 +25,27 @@ def folder_name(config: CompressConfig) -> str:
     return "export" if config.export.step is None else f"export-step-{config.export.step}"
 
 
+def preflight(config: CompressConfig, run_dir: Path, training: bool) -> None:
+    """Raise ConfigError for a step that isn't kept, and, with `training` still to run, won't be either."""
+    step, folder = config.export.step, run_dir / "distill" / "checkpoints"
+    kept = checkpoint.steps(folder)
+    if step is None or step in kept:
+        return
+    settings, last = config.distill, num_steps(config)
+    planned: list[int] = []
+    if training:
+        begun = kept[-1] if kept else 0
+        planned = sorted({*kept, last, *range(settings.checkpoint_steps, last, settings.checkpoint_steps)})
+        planned = [s for s in planned if s in kept or s > begun][-settings.keep_checkpoints :]
+    if step not in planned:
+        raise ConfigError(
+            f"export.step={step} is not kept: "
+            + (f"training to step {last} will leave the steps {planned}" if training else f"{folder} has {kept}")
+            + f"; choose one of them, or see distill.checkpoint_steps={settings.checkpoint_steps} and "
+            f"distill.keep_checkpoints={settings.keep_checkpoints}"
+        )
+
+
 def run(config: CompressConfig, run_dir: Path) -> None:
     """Write the newest committed step (or export.step) as a folder whose reloaded logits equal the trained student's.
 
@@ -33,18 +54,19 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     pruned = student_of(config, run_dir)
-    found = checkpoint.newest(run_dir / "distill" / "checkpoints", config.export.step)
-    if found is None:
-        raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
-    path, facts = found
-    if config.export.step is None and facts["step"] != num_steps(config):
-        raise ArtifactError(
-            f"{path.parent}: training ended at step {num_steps(config)}, but the newest whole checkpoint is of step "
-            f"{facts['step']}. Delete {run_dir / 'distill' / MANIFEST} and run stage=distill to train the rest again, "
-            f"or give export.step={facts['step']}"
-        )
-    model = load_model(pruned, torch.float32, trust)
-    checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
+    held = run_dir / f".{folder_name(config)}-held"
+    with checkpoint.held(run_dir / "distill" / "checkpoints", held, config.export.step) as found:
+        if found is None:
+            raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
+        path, facts = found
+        if config.export.step is None and facts["step"] != num_steps(config):
+            raise ArtifactError(
+                f"{run_dir / 'distill'}: training ended at step {num_steps(config)}, but the newest whole checkpoint "
+                f"is of step {facts['step']}. Delete {run_dir / 'distill' / MANIFEST} and run stage=distill to train "
+                f"the rest again, or give export.step={facts['step']}"
+            )
+        model = load_model(pruned, torch.float32, trust)
+        checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
     dtype = resolve_dtype(config.export.dtype)
     for parameter in model.eval().parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
         parameter.data = parameter.data.to(dtype)

@@ -80,7 +80,8 @@ def read_model(folder: Path, trust_remote_code: bool = False) -> ModelInfo:
         )
     family = family_of(config, source)
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ArchitectureError(
             f"{source}: the checkpoint is quantised ({method}); rows of packed weights can't be selected. "
             "Use the bfloat16 original as teacher and quantise the student"

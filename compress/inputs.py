@@ -1,11 +1,13 @@
-"""Where a run's models lie, from its settings: what every stage asks first."""
+"""Where a run's models lie, and whether its calibration text is enough: what several stages ask first."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from compress.config import CompressConfig
+from compress.config import CompressConfig, DepthCriterion
+from compress.errors import ConfigError
 from compress.folders import teacher_folder
+from compress.tokens import TokenSet
 
 
 def teacher_of(config: CompressConfig) -> Path:
@@ -19,3 +21,16 @@ def student_of(config: CompressConfig, run_dir: Path) -> Path:
     """The untrained student: distill.init_from, one pruned elsewhere, or else this run's own."""
     elsewhere = config.distill.init_from
     return Path(elsewhere).expanduser() if elsewhere else run_dir / "prune"
+
+
+def check_calibration(config: CompressConfig, tokens: TokenSet) -> None:
+    """Raise ConfigError when the calibration set has fewer sequences than the scores ask for."""
+    wanted = {"score.num_sequences": config.score.num_sequences}
+    if config.score.depth == DepthCriterion.greedy_kl:
+        wanted["score.greedy_sequences"] = config.score.greedy_sequences
+    for key, value in wanted.items():
+        if value > tokens.num_sequences:
+            raise ConfigError(
+                f"{key}={value}, but data.calibration gives only {tokens.num_sequences} sequences of "
+                f"{tokens.sequence_length} tokens; give more text or set {key}={tokens.num_sequences}"
+            )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from compress.errors import NumericalError
 from compress.step import trunk
@@ -85,6 +85,14 @@ def generation_speed(
 
     The models take turns, and each one's median counts, so that a busy machine slows all of them alike.
     """
+    # Of its own, so that beams or sampling in a model's generation_config.json don't change what is timed.
+    greedy = GenerationConfig(
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        num_beams=1,
+        pad_token_id=0,
+    )
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):  # the first round warms up
         for name, model in models.items():
@@ -92,10 +100,7 @@ def generation_speed(
             model.generate(  # type: ignore[operator]
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                min_new_tokens=num_tokens,
-                max_new_tokens=num_tokens,
-                pad_token_id=0,
+                generation_config=greedy,
             )
             seconds[name].append(time.perf_counter() - start)
     return {name: num_tokens / statistics.median(times[1:]) for name, times in seconds.items()}

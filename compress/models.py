@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from compress.artifacts import remedy_for
 from compress.errors import ArtifactError, ConfigError
 
+GENERATION = "generation_config.json"
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -30,8 +32,10 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} can't be loaded by transformers: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged config or shard makes transformers stumble over
+        raise ArtifactError(
+            f"{folder} can't be loaded by transformers ({_reason(error)}); {remedy_for(Path(folder))}"
+        ) from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -40,7 +44,7 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
         raise ArtifactError(
             f"{folder} doesn't fit its own config.json: "
             + "; ".join(f"{key} {names[:3]} ({len(names)} in all)" for key, names in wrong.items())
-            + "; fetch or make the folder again"
+            + f"; {remedy_for(Path(folder))}"
         )
     return model
 
@@ -49,8 +53,54 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer. Raises ArtifactError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged file makes transformers and tokenizers stumble over
+        raise ArtifactError(
+            f"{folder} has no usable tokenizer ({_reason(error)}); {remedy_for(Path(folder))}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of another library in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
+
+
+def check_usable(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raise before any long work for what only shows later: a config that transformers can't build a model from, a
+    generation config that it refuses, a tokenizer whose ids the embedding lacks. Reads no weights.
+    """
+    config = _loaded(
+        folder / "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
+    with torch.device("meta"):
+        _loaded(
+            folder / "config.json",
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+        )
+    if (folder / GENERATION).is_file():
+        found = _loaded(folder / GENERATION, lambda: GenerationConfig.from_pretrained(folder))
+        _loaded(folder / GENERATION, found.validate)
+        ends = found.eos_token_id
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ArtifactError(
+                f"{folder / GENERATION}: eos_token_id={ends!r} must be a number or a list of numbers; correct it"
+            )
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"{folder}: its tokenizer gives ids up to {largest}, but config.json says vocab_size={config.vocab_size}, "
+            "so there is no embedding for them; use the tokenizer files that belong to the weights, or resize the "
+            "embedding (resize_token_embeddings) and save the model with both"
+        )
+
+
+def _loaded(file: Path, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:  # KeyError, TypeError, ... : transformers' own classes don't cover it
+        raise ArtifactError(
+            f"{file}: transformers refuses it ({_reason(error)}); correct it, or fetch it again"
+        ) from error
 
 
 def check_same_tokenizer(teacher: Path, student: Path, trust_remote_code: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import logging
 import shutil
 import sys
@@ -36,9 +35,10 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Interrupt
 from compress.estimate import estimate_seconds
 from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
-from compress.models import check_same_tokenizer, load_tokenizer
+from compress.models import check_same_tokenizer, check_usable
 from compress.parallel import check_compiler, refuse_several_ranks
 from compress.progress import about
+from compress.sources import local_files
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +107,18 @@ def run(config: CompressConfig) -> None:
         _print(status(config))
         return
     refuse_several_ranks()
+    _check_places(config)
     chosen = _chosen(config)
     expected = expectations(config)
     todo = [stage for stage in chosen if not _is_done(config, stage, expected[stage])]
     _check_upstream(config, chosen, todo, expected)
+    if Stage.export in todo:
+        export.preflight(config, run_dir, training=Stage.distill in todo)
     if set(todo) - {Stage.export}:
         prune.preflight(config)
-        evaluate.preflight(config)
-        _check_tokenizers(config)
+        if Stage.evaluate in todo:
+            evaluate.preflight(config)
+        _check_models(config)
         if config.distill.compile and Stage.distill in todo:
             check_compiler()
     for stage in chosen:
@@ -150,12 +154,24 @@ def _chosen(config: CompressConfig) -> list[Stage]:
     return [stage for stage in STAGES if not (config.distill.init_from and stage in (Stage.score, Stage.prune))]
 
 
-def _check_tokenizers(config: CompressConfig) -> None:
-    """The teacher's loads, and a student from elsewhere (distill.init_from) is whole and has the same one."""
+def _check_places(config: CompressConfig) -> None:
+    """What a run writes must not lie in a folder that it fingerprints."""
+    run_dir = _run_dir(config).resolve()
+    models = {"teacher.path": teacher_of(config), "distill.init_from": config.distill.init_from}
+    for key, folder in models.items():
+        if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
+            raise ConfigError(
+                f"run_dir={config.run_dir} lies inside of {key}={folder}, which would then change while it is read; "
+                "give a run_dir= outside of it"
+            )
+
+
+def _check_models(config: CompressConfig) -> None:
+    """transformers takes the teacher, and a student from elsewhere (distill.init_from) that speaks the same ids."""
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
+    check_usable(teacher, trust)
     if not config.distill.init_from:
-        load_tokenizer(teacher, trust)
         return
     student = Path(config.distill.init_from).expanduser()
     ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
@@ -164,6 +180,7 @@ def _check_tokenizers(config: CompressConfig) -> None:
             f"distill.init_from={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
             "id by id, so give both the same vocabulary rows"
         )
+    check_usable(student, trust)
     check_same_tokenizer(teacher, student, trust)
 
 
@@ -256,7 +273,7 @@ def _has_work(folder: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    found = read_json(path)
+    found = read_json(path, "delete it and run its stage again")
     if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), str):
         raise ArtifactError(f"{path} is no manifest of this program; delete it and run its stage again")
     return found
@@ -331,7 +348,7 @@ def _tokenizer_fingerprint(teacher: Path) -> str:
 def _source_fingerprint(path: str, cache: Path) -> str:
     """Of the files behind a source; a hub id stands for itself (its revision is what `datasets` resolves)."""
     local = str(Path(resolve(path, cache)).expanduser())
-    files = sorted(glob.glob(local, recursive=True))
+    files = local_files(local)
     return fingerprint([[Path(file).name, fingerprint_path(Path(file))] for file in files]) if files else path
 
 
@@ -355,7 +372,7 @@ def status(config: CompressConfig) -> Table:
             state, seconds = "begun", about(max(0.0, time.time() - began)) + " ago"
         if state != "done" and (folder / ERROR).exists():
             state = "begun" if state == "begun" else "failed"
-            detail = str(read_json(folder / ERROR).get("error"))
+            detail = str(read_json(folder / ERROR, "delete it").get("error"))
         if stage is Stage.distill and state == "begun":
             detail = distill.progress_line(config, run_dir) + (f"; last error: {detail}" if detail else "")
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0

@@ -48,6 +48,12 @@ def preflight(config: CompressConfig) -> None:
         _given_shape(config, info)
     else:
         enumerate_shapes(info, _grid(config, info))
+    if config.score.depth == DepthCriterion.greedy_kl:
+        _reach(config, info)
+
+
+def _reach(config: CompressConfig, info: ModelInfo) -> int:
+    return removal_reach(info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers)
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -138,9 +144,7 @@ def _grid(config: CompressConfig, info: ModelInfo, importance: Importance | None
     if importance is not None:
         reach = None if importance.removal_order is None else len(importance.removal_order)
     elif config.score.depth == DepthCriterion.greedy_kl:
-        reach = removal_reach(
-            info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers
-        )
+        reach = _reach(config, info)
     return Grid(
         max_parameters=int(config.prune.max_parameters),
         min_parameters_ratio=config.shape.min_parameters_ratio,

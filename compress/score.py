@@ -19,7 +19,7 @@ from compress.depth import LayerRemoval, greedy_layer_removal, removal_reach
 from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.importance import estimate_importance, save_importance
-from compress.inputs import teacher_of
+from compress.inputs import check_calibration, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
@@ -45,15 +45,7 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> Toke
             f"{run_dir / 'tokens'} has token ids up to {tokens.vocab_size - 1}, the teacher's vocab_size is "
             f"{info.shape.vocab_size}; tokenize again with this teacher's tokenizer"
         )
-    wanted = {"score.num_sequences": config.score.num_sequences}
-    if config.score.depth == DepthCriterion.greedy_kl:
-        wanted["score.greedy_sequences"] = config.score.greedy_sequences
-    for key, value in wanted.items():
-        if value > tokens.num_sequences:
-            raise ConfigError(
-                f"{key}={value}, but data.calibration gives only {tokens.num_sequences} sequences of "
-                f"{tokens.sequence_length} tokens; give more text or set {key}={tokens.num_sequences}"
-            )
+    check_calibration(config, tokens)
     return tokens
 
 

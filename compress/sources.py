@@ -179,6 +179,14 @@ def split_source(
     return parts
 
 
+def local_files(path: str) -> list[str]:
+    """The file, the folder, or the sorted files of a glob; empty for what isn't here. A file's own name comes first,
+    so that one with brackets in it is no glob."""
+    if Path(path).exists():
+        return [path]
+    return sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+
+
 def _files(key: str, path: str) -> list[str] | None:
     """The sorted files behind a path or glob; none where it is for `datasets`."""
     suffixes = ", ".join(_SUFFIXES)
@@ -191,7 +199,7 @@ def _files(key: str, path: str) -> list[str] | None:
     if Path(path).is_dir():
         return None
     if glob.has_magic(path):
-        found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+        found = local_files(path)
         if not found:
             raise ConfigError(f"{key}.path={path} matches no file; relative paths start at {Path.cwd()}")
         foreign = [file for file in found if not file.endswith(_SUFFIXES)]

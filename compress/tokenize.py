@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from compress.artifacts import disk_errors, read_json, write_atomic, write_json
-from compress.config import CompressConfig, SourceConfig, set_name
+from compress.config import CompressConfig, SourceConfig, Stage, set_name
 from compress.conversations import check_chat_template
 from compress.embedded import resolve
 from compress.encoding import (
@@ -41,7 +41,7 @@ from compress.encoding import (
     tokenizer_identity,
 )  # fmt: skip
 from compress.errors import ArtifactError, NumericalError
-from compress.inputs import teacher_of
+from compress.inputs import check_calibration, teacher_of
 from compress.overlap import measure_overlap
 from compress.progress import about, track
 from compress.sources import split_source
@@ -89,11 +89,14 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     open_tasks = {source.key: sum(task.key == source.key for task in pending) for source in sources}
     by_key = {source.key: source for source in sources}
     report: dict[str, dict[str, Any]] = {s.key: _finish(s, tokenizer) for s in sources if not open_tasks[s.key]}
+    calibration = {source.key for source in sources if source.split == "calibration"}
     encoded = _encode(pending, config.data.workers)
     for task in track(encoded, "tokenize", len(pending), "records", lambda task: task.part.num_records):
         open_tasks[task.key] -= 1
         if not open_tasks[task.key]:
             report[task.key] = _finish(by_key[task.key], tokenizer)
+        if config.stage is Stage.all and task.key in calibration and not any(open_tasks[key] for key in calibration):
+            check_calibration(config, TokenSet.open(folder / "calibration"))  # before the long part, the training text
 
     names = [set_name(source) for source in config.data.validation]
     sets = {name: TokenSet.open(folder / "validation" / name) for name in names}

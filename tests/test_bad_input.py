@@ -108,6 +108,58 @@ def quantized(folder: Path) -> tuple[str, ...]:
     return ("quantised (gptq)", "bfloat16 original")
 
 
+def quantized_by_name(folder: Path) -> tuple[str, ...]:
+    edit_json(folder / "config.json", quantization_config="gptq")
+    return ("quantised (gptq)",)
+
+
+def unknown_activation(folder: Path) -> tuple[str, ...]:
+    edit_json(folder / "config.json", hidden_act="bogus")
+    return ("config.json: transformers refuses it", "bogus", "correct it")
+
+
+def unknown_rope(folder: Path) -> tuple[str, ...]:
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "bogus", "rope_theta": 1e4})
+    return ("config.json", "bogus")
+
+
+def deep_config(folder: Path) -> tuple[str, ...]:
+    (folder / "config.json").write_text("[" * 100_000)
+    return ("config.json is not valid JSON",)
+
+
+def generation_end_is_text(folder: Path) -> tuple[str, ...]:
+    (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    return ("generation_config.json: eos_token_id='2' must be a number", "correct it")
+
+
+def generation_is_a_list(folder: Path) -> tuple[str, ...]:
+    (folder / "generation_config.json").write_text("[1]")
+    return ("generation_config.json: transformers refuses it", "correct it")
+
+
+def truncated_generation(folder: Path) -> tuple[str, ...]:
+    (folder / "generation_config.json").write_text('{"eos')
+    return ("generation_config.json", "correct it")
+
+
+def tokenizer_config_is_a_list(folder: Path) -> tuple[str, ...]:
+    (folder / "tokenizer_config.json").write_text("[]")
+    return ("no usable tokenizer", str(folder))
+
+
+def empty_tokenizer(folder: Path) -> tuple[str, ...]:
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    return ("no usable tokenizer", str(folder))
+
+
+def tokenizer_larger_than_the_model(folder: Path) -> tuple[str, ...]:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = {**content["added_tokens"][0], "id": 512, "content": "<new>"}
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], token]}))
+    return ("its tokenizer gives ids up to 512, but config.json says vocab_size=512", "resize")
+
+
 def illegal_heads(folder: Path) -> tuple[str, ...]:
     edit_json(folder / "config.json", num_key_value_heads=3)
     return ("num_attention_heads=4 must be a multiple of num_key_value_heads=3",)
@@ -127,7 +179,9 @@ def damaged_tokenizer(folder: Path) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     "spoil",
     [no_config, truncated_config, adapter, no_weights, truncated_shard, foreign_file, foreign_model, a_layer_too_few,
-     missing_shard, unknown_family, quantized, illegal_heads, no_tokenizer, damaged_tokenizer],
+     missing_shard, unknown_family, quantized, illegal_heads, no_tokenizer, damaged_tokenizer, quantized_by_name,
+     unknown_activation, unknown_rope, deep_config, generation_end_is_text, generation_is_a_list, truncated_generation,
+     tokenizer_config_is_a_list, empty_tokenizer, tokenizer_larger_than_the_model],
     ids=lambda spoil: spoil.__name__,
 )  # fmt: skip
 def test_a_spoilt_teacher_is_refused_before_anything_is_written(
@@ -137,6 +191,14 @@ def test_a_spoilt_teacher_is_refused_before_anything_is_written(
     before = fingerprint_path(teacher)
     assert_refused_at_once(run, tmp_path, (str(teacher), *parts), f"teacher.path={teacher}")
     assert fingerprint_path(teacher) == before
+
+
+def test_a_broken_chat_template_is_named_before_any_shard(teacher: Path, run: Run, tmp_path: Path) -> None:
+    (teacher / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content ")
+    found = refusal(run, f"teacher.path={teacher}")
+    assert f"teacher.path={teacher}: its chat template can't be used (TemplateSyntaxError" in found
+    assert "mend chat_template.jinja" in found
+    assert not list((tmp_path / "run").rglob("shard-*"))
 
 
 @pytest.mark.parametrize(

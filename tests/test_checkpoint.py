@@ -59,8 +59,39 @@ def test_keeps_the_newest_and_says_what_is_kept(tmp_path: Path) -> None:
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found[1] == {"step": 8, "tokens": 80}
-    with pytest.raises(ArtifactError, match=r"step 4 is not kept; there are \[6, 8\]; see distill.keep_checkpoints"):
-        checkpoint.newest(tmp_path, 4)
+    with (
+        pytest.raises(ArtifactError, match=r"step 4 is not kept; there are \[6, 8\]; see distill.keep_checkpoints"),
+        checkpoint.held(tmp_path, tmp_path / "held", 4),
+    ):
+        pass
+
+
+def test_a_held_step_outlives_its_removal(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "step_00000001").iterdir()}
+    with checkpoint.held(tmp_path, tmp_path / "held", 1) as found:
+        assert found is not None
+        for step in (2, 3, 4):
+            _save(tmp_path, step, keep=2)
+        assert checkpoint.steps(tmp_path) == [3, 4]
+        assert {file.name: file.read_bytes() for file in found[0].iterdir()} == before
+    assert not (tmp_path / "held").exists()
+
+
+def test_a_step_that_goes_while_it_is_taken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(tmp_path, 1)
+    _save(tmp_path, 2)
+    listed = checkpoint.steps(tmp_path)
+    next((tmp_path / "step_00000001").glob("*.safetensors")).unlink()
+    monkeypatch.setattr(checkpoint, "steps", lambda _folder: listed)  # as it was before the removal
+    with (
+        pytest.raises(ArtifactError, match="step 1 is damaged or was removed; there are now"),
+        checkpoint.held(tmp_path, tmp_path / "held", 1),
+    ):
+        pass
+    with checkpoint.held(tmp_path, tmp_path / "held") as found:
+        assert found is not None
+        assert found[1]["step"] == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "marker", "file"])

@@ -43,6 +43,9 @@ def test_cfg_job_shows_the_composed_settings_whatever_is_still_missing(command: 
         (("recipe=tny",), ("recipe=tny: no such recipe; did you mean tiny",)),
         (("recipe=tiny", "distil.num_tokens=1"), ("distil.num_tokens: no such key; did you mean distill.num_tokens",)),
         (("recipe=tiny", "stage=purne"), ("stage=purne must be one of all, tokenize",)),
+        (("recipe=tiny", "--cfg", "job", "distill.num_tokens=abc"), ("distill.num_tokens=abc must be a number",)),
+        (("recipe=tiny", "--config-name", "foo"), ("--config-name isn't used here", "--config-dir DIR")),
+        (("recipe=tiny", "threads=100000"), ("threads=100000 must be within 0 (chosen for you) and 1024",)),
     ],
 )
 def test_a_typo_is_one_line_and_exit_code_2(

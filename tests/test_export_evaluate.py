@@ -181,7 +181,7 @@ def test_several_sets_each_get_their_figures(run: Run, finished: Path, cache: Pa
 def test_a_damaged_export_or_table_is_named(run: Run, finished: Path) -> None:
     metrics = finished / "evaluate" / "metrics.json"
     metrics.write_text("{}")
-    with pytest.raises(ArtifactError, match=r"metrics\.json lacks .*run stage=evaluate again"):
+    with pytest.raises(ArtifactError, match=r"metrics\.json lacks .*delete .*run its stage again"):
         run()
     shutil.rmtree(finished / "evaluate")
     weights = finished / "export" / "model.safetensors"
@@ -221,10 +221,15 @@ def test_a_model_whose_loss_is_not_finite_has_no_figures(run: Run, finished: Pat
     assert not (finished / "evaluate" / "metrics.json").exists()
 
 
+ITEM = '{"question": "x", "choices": ["a", "b"], "label": 0}'
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is not there; give a jsonl"), ("", "rows need question, choices and label"), ("{", "no JSON"),
-     ("[1]", "rows need question"), ('{"question": "x"}', "rows need question, choices and label")],
+    [(None, "is not there; give a jsonl"), ("", "is empty; give a jsonl"), ("{", "line 1: not valid JSON"),
+     ("[1]", "line 1: not an object with question"), ('{"question": "x"}', "line 1: not an object with question"),
+     (f"{ITEM}\n\n{{", "line 3: not valid JSON"), (ITEM.replace("0", "2"), "label=2 is no index of its 2 choices"),
+     (ITEM.replace("0", '"a"'), "label='a' is no index"), (ITEM.replace('["a", "b"]', '"a"'), "choices is no list")],
 )  # fmt: skip
 def test_a_task_without_its_data_is_refused_before_any_work(
     content: str | None, said: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

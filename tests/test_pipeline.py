@@ -261,7 +261,7 @@ def test_a_kept_step_is_exported_and_evaluated_while_training_goes_on(half_train
         assert "which isn't done" in refusal(run, "stage=export")
         run("stage=export", "export.step=4", "export.dtype=float32")
         run("stage=evaluate", "export.step=4", "export.dtype=float32")
-        assert "step 3 is not kept; there are [2, 4]" in refusal(run, "stage=export", "export.step=3")
+        assert "export.step=3 is not kept" in refusal(run, "stage=export", "export.step=3")
         assert "is being written by" in refusal(run, "stage=distill")
     assert fingerprint_path(half_trained / "distill") == before
     exported = load_file(half_trained / "export-step-4" / "model.safetensors")
@@ -360,6 +360,70 @@ def test_new_weights_of_the_sources_keep_the_tokens_and_the_student(
     for stage in ("tokenize", "score", "prune"):
         run(f"stage={stage}", sources)
     assert skipped(caplog.text) == ["tokenize", "score", "prune"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("export.step=9",), "export.step=9 is not kept: training to step 8 will leave the steps [6, 8]"),
+        (("export.step=3",), "export.step=3 is not kept"),
+        (("export.step=4", "distill.keep_checkpoints=2"), "will leave the steps [6, 8]; choose one of them"),
+        (("score.depth=greedy_kl", "score.max_removed_layers=9"), "score.max_removed_layers=9 must be within 0 and 3"),
+        (("run_dir=teacher/run", "teacher.path=teacher"), "run_dir=teacher/run lies inside of teacher.path=teacher"),
+        (("run_dir=/proc/here",), "/proc/here: cannot be made a folder"),
+    ],
+)
+def test_what_the_settings_tell_is_refused_before_the_first_stage(
+    settings: tuple[str, ...], said: str, run: Run, teacher: Path, tmp_path: Path
+) -> None:
+    assert said in refusal(run, *settings)
+    assert not (tmp_path / "run").exists()
+    assert not (teacher / "run").exists()
+
+
+def test_a_step_that_training_will_keep_can_be_asked_for(run: Run, tmp_path: Path) -> None:
+    run("export.step=6")
+    assert (tmp_path / "run" / "export-step-6" / "config.json").exists()
+
+
+def test_too_little_calibration_text_is_said_before_the_training_text_is_encoded(run: Run, tmp_path: Path) -> None:
+    found = refusal(run, "score.num_sequences=100000")
+    assert "score.num_sequences=100000, but data.calibration gives only" in found
+    assert not list((tmp_path / "run" / "tokens" / "train").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["glob[1].jsonl", "a*b.jsonl"])
+def test_a_changed_file_with_a_globs_name_is_noticed(name: str, run: Run, tmp_path: Path, cache: Path) -> None:
+    text = Path(shutil.copy(cache / "tiny" / "train.jsonl", tmp_path / name))
+    settings = f'data.train=[{{path: "{text}"}}]'
+    run("stage=tokenize", settings)
+    text.write_text("".join(text.read_text().splitlines(keepends=True)[:100]))
+    assert "the text of data.train[0] changed" in refusal(run, "stage=tokenize", settings)
+
+
+@pytest.mark.parametrize("file", ["evaluate/metrics.json", "prune/model.safetensors", "export/config.json"])
+def test_a_damaged_stage_is_made_again_by_what_the_message_says(file: str, run: Run, finished: Path) -> None:
+    path = finished / file
+    path.write_bytes(path.read_bytes()[:100])
+    for later in ("evaluate",) if file.startswith("export") else ("distill", "export", "evaluate"):
+        if not file.startswith("evaluate"):
+            shutil.rmtree(finished / later)
+    found = refusal(run)
+    folder = path.parent
+    assert f"delete {folder} and run its stage again" in found
+    assert str(path) in found or str(folder) in found
+    shutil.rmtree(folder)
+    run()
+    assert json.loads((finished / "evaluate" / "metrics.json").read_text())["distilled"]
+
+
+def test_a_damaged_line_of_metrics_stops_neither_status_nor_training(half_trained: Path, run: Run) -> None:
+    metrics = half_trained / "distill" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 1, "tok{"step": 2}\n[]\n')
+    run("stage=status")
+    run()
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
 
 
 def test_run_dir_takes_a_tilde(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
