@@ -150,7 +150,10 @@ def test_damaged_json_is_named(content: str | None, said: str, tmp_path: Path) -
     path = tmp_path / "index.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ArtifactError, match=rf"index\.json.*{said}.*(stage)"):
+    with pytest.raises(ArtifactError, match=rf"index\.json.*{said}.*fetch or make it again"):
+        read_json(path)
+    (tmp_path / "manifest.json").write_text("{}")  # a stage's folder is made again by its stage
+    with pytest.raises(ArtifactError, match=rf"index\.json.*{said}.*delete {tmp_path} and run its stage again"):
         read_json(path)
 
 
