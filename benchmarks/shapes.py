@@ -9,7 +9,7 @@ differ. `excess loss` is the distilled student's loss minus the teacher's on the
 better. `untrained` is the same figure right after pruning, which ranks shapes otherwise, hence the distillation. QuAC,
 the set that the final table quotes, is not looked at: a shape chosen on it would flatter that table.
 
-Layers go in the order in which greedy_kl removes them, scored once for all shapes (about 8 minutes; --removal-order
+Layers go in the order in which kl_greedy removes them, scored once for all shapes (about 8 minutes; --removal-order
 gives one that is known). Tokens and scores are made once and hard-linked into each run. Finished shapes are kept in the
 results file with the fingerprint of all their settings and inputs, and skipped when it is unchanged.
 """
@@ -81,7 +81,7 @@ def common_settings(run_dir: Path, extra: Sequence[str]) -> list[str]:
 
 
 def removal_order(runs: Path, extra: Sequence[str]) -> list[int]:
-    """The layers in the order in which greedy_kl removes them: tokenize and score once, in a run of their own."""
+    """The layers in the order in which kl_greedy removes them: tokenize and score once, in a run of their own."""
     from safetensors.torch import load_file
 
     from compress.config import load_config
@@ -93,11 +93,11 @@ def removal_order(runs: Path, extra: Sequence[str]) -> list[int]:
         "name=shape_greedy",
         "prune.removed_layers=null",
         f"prune.num_hidden_layers={LAYERS - NUM_REMOVED}",
-        "score.depth=greedy_kl",
+        "score.depth=[kl_greedy]",
     ]
     for stage in ("tokenize", "score"):
         run(load_config(*settings, f"stage={stage}"))
-    found: list[int] = load_file(run_dir / "score" / "importance.safetensors")["layers.removal_order"].tolist()
+    found: list[int] = load_file(run_dir / "score" / "importance.safetensors")["depth/kl_greedy/removed"][-1].tolist()
     return found
 
 

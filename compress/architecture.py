@@ -1,16 +1,13 @@
-"""The axis table: for every weight of a model family, which axis each of its dimensions lies on.
-
-Everything structural follows from it: what a checkpoint must hold, how many parameters a shape has, where scoring
-listens, and which rows and columns pruning selects. A new family is a few rows here; tests/test_slicing.py proves them.
+"""A model's structure by the axis table: what a checkpoint must hold, how many parameters a shape has, where scoring
+listens, what a student's config.json says, and which shapes are legal.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,105 +15,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compress.errors import ArchitectureError, ConfigError
+from compress.families import PRUNABLE, Family, Part, Row, Shape, family_of
 
-LAYER_PREFIX = "model.layers.*."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER_NUMBER = re.compile(r"^model\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model, by Hugging Face names. Pruning changes the first five."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tied: bool  # the output head is the embedding
-
-    @property
-    def group_size(self) -> int:
-        """Query heads of one key-value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-
-PRUNABLE = tuple(f.name for f in fields(Shape))[:5]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`: its axis table, the config switch of each optional row, what its config class insists on."""
-
-    model_type: str
-    title: str
-    table: Mapping[str, tuple[str, ...]]  # checkpoint name, layer number as *, -> the axis of each dimension
-    switches: Mapping[str, str]  # rows that are there only when this config field is true
-    hidden_divisible_by_heads: bool = False
-
-    def rows(self, config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
-        """The rows that a checkpoint with this config has; a tied head isn't one of them."""
-        return {
-            name: axes
-            for name, axes in self.table.items()
-            if not (name in self.switches and not getattr(config, self.switches[name]))
-            and not (name == HEAD and config.tie_word_embeddings)
-        }
-
-
-_DECODER = {
-    EMBEDDING: ("vocabulary", "hidden"),
-    "model.layers.*.input_layernorm.weight": ("hidden",),
-    "model.layers.*.self_attn.q_proj.weight": ("query_heads", "hidden"),
-    "model.layers.*.self_attn.k_proj.weight": ("key_value_heads", "hidden"),
-    "model.layers.*.self_attn.v_proj.weight": ("key_value_heads", "hidden"),
-    "model.layers.*.self_attn.o_proj.weight": ("hidden", "query_heads"),
-    "model.layers.*.post_attention_layernorm.weight": ("hidden",),
-    "model.layers.*.mlp.gate_proj.weight": ("intermediate", "hidden"),
-    "model.layers.*.mlp.up_proj.weight": ("intermediate", "hidden"),
-    "model.layers.*.mlp.down_proj.weight": ("hidden", "intermediate"),
-    "model.norm.weight": ("hidden",),
-    HEAD: ("vocabulary", "hidden"),
-}
-_QKV_BIAS = {
-    "model.layers.*.self_attn.q_proj.bias": ("query_heads",),
-    "model.layers.*.self_attn.k_proj.bias": ("key_value_heads",),
-    "model.layers.*.self_attn.v_proj.bias": ("key_value_heads",),
-}
-_ATTENTION_BIAS = {**_QKV_BIAS, "model.layers.*.self_attn.o_proj.bias": ("hidden",)}
-_MLP_BIAS = {
-    "model.layers.*.mlp.gate_proj.bias": ("intermediate",),
-    "model.layers.*.mlp.up_proj.bias": ("intermediate",),
-    "model.layers.*.mlp.down_proj.bias": ("hidden",),
-}
-# Over the head's own channels, the same for every head: no width axis, so pruning leaves them as they are.
-_QK_NORM = {
-    "model.layers.*.self_attn.q_norm.weight": ("head_dim",),
-    "model.layers.*.self_attn.k_norm.weight": ("head_dim",),
-}
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(
-            "llama",
-            "Llama",
-            {**_DECODER, **_ATTENTION_BIAS, **_MLP_BIAS},
-            {**dict.fromkeys(_ATTENTION_BIAS, "attention_bias"), **dict.fromkeys(_MLP_BIAS, "mlp_bias")},
-            hidden_divisible_by_heads=True,  # LlamaConfig.validate_architecture, explicit head_dim or not
-        ),
-        Family("mistral", "Mistral", _DECODER, {}),
-        Family("qwen2", "Qwen2", {**_DECODER, **_QKV_BIAS}, {}),
-        Family(
-            "qwen3",
-            "Qwen3",
-            {**_DECODER, **_ATTENTION_BIAS, **_QK_NORM},
-            dict.fromkeys(_ATTENTION_BIAS, "attention_bias"),
-        ),
-    )
-}
+_LAYER_NUMBER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -139,8 +41,12 @@ class ModelInfo:
     tensors: dict[str, TensorInfo]
 
     @cached_property
-    def rows(self) -> dict[str, tuple[str, ...]]:
-        return self.family.rows(parse_config(self.config, str(self.folder / "config.json")))
+    def parsed(self) -> PreTrainedConfig:
+        return parse_config(self.config, str(self.folder / "config.json"))
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        return self.family.rows(self.parsed)
 
 
 @dataclass(frozen=True)
@@ -148,71 +54,112 @@ class Taps:
     """The modules where scoring listens (arXiv 2407.14679, section 2.2), layer number as *."""
 
     hidden: tuple[str, ...]  # their outputs: the norms of a layer; the final norm isn't one (as in NVIDIA's code)
-    intermediate: str  # its input
+    intermediate: str | None  # its input; None where every MLP is a mixture
     query_heads: str  # its input
 
 
 def taps(family: Family) -> Taps:
     """Read off the table: the per-layer norms over `hidden`, and the weights whose input axis is the one to score."""
 
-    def module_reading(axis: str) -> str:
-        [name] = [name for name, axes in family.table.items() if len(axes) == 2 and axes[1] == axis]
-        return name.removesuffix(".weight")
+    def reading(axis: str) -> str | None:
+        found = [n for n, r in family.table.items() if len(r.dimensions) == 2 and r.dimensions[1] == (Part(axis),)]
+        return found[0].removesuffix(".weight") if found else None
 
-    norms = [n for n, axes in family.table.items() if axes == ("hidden",) and n.endswith(".weight")]
+    query_heads = reading("query_heads")
+    assert query_heads is not None  # _check_table
+    hidden = (Part("hidden"),)
+    norms = [n for n, r in family.table.items() if r.dimensions == (hidden,) and n.endswith("norm.weight")]
     return Taps(
-        hidden=tuple(n.removesuffix(".weight") for n in norms if n.startswith(LAYER_PREFIX)),
-        intermediate=module_reading("intermediate"),
-        query_heads=module_reading("query_heads"),
+        hidden=tuple(n.removesuffix(".weight") for n in norms if n.startswith(family.layers)),
+        intermediate=reading("intermediate"),
+        query_heads=query_heads,
     )
 
 
 def row_of(name: str) -> str:
-    """The table's key of a tensor: its name with the layer number as *."""
-    return _LAYER_NUMBER.sub(LAYER_PREFIX, name)
+    """The table's key of a tensor: its name with the numbers of layer and expert as *."""
+    return _EXPERT_NUMBER.sub("*", _LAYER_NUMBER.sub("*", name))
 
 
 def layer_of(name: str) -> int | None:
     """The layer that a tensor belongs to; None for the embedding, the final norm and the head."""
-    match = _LAYER_NUMBER.match(name)
+    match = _LAYER_NUMBER.search(name)
     return int(match[1]) if match else None
 
 
-def axis_size(axis: str, shape: Shape) -> int:
-    """Elements along an axis; on the head axes that is heads times head_dim."""
-    return {
-        "vocabulary": shape.vocab_size,
-        "hidden": shape.hidden_size,
-        "intermediate": shape.intermediate_size,
-        "query_heads": shape.num_attention_heads * shape.head_dim,
-        "key_value_heads": shape.num_key_value_heads * shape.head_dim,
-        "head_dim": shape.head_dim,
-    }[axis]
+def expert_of(name: str) -> int | None:
+    """The expert that a tensor belongs to, where each has tensors of its own."""
+    match = _EXPERT_NUMBER.search(name)
+    return int(match[1]) if match else None
 
 
-def tensor_shapes(rows: Mapping[str, tuple[str, ...]], shape: Shape) -> dict[str, tuple[int, ...]]:
+def renumber(name: str, layer: int | None, expert: int | None) -> str:
+    """The name of the same tensor in another layer and expert."""
+    if layer is not None:
+        name = _LAYER_NUMBER.sub(str(layer), name, count=1)
+    return name if expert is None else _EXPERT_NUMBER.sub(str(expert), name, count=1)
+
+
+def _instances(row: str, shape: Shape) -> Iterator[str]:
+    """Every tensor name of a row of one layer ("*" still there), or of a row outside the layers."""
+    if ".experts.*." in row:
+        yield from (row.replace(".experts.*.", f".experts.{e}.", 1) for e in range(shape.num_experts))
+    else:
+        yield row
+
+
+def tensor_shapes(rows: Mapping[str, Row], shape: Shape) -> dict[str, tuple[int, ...]]:
     """Every tensor name of a model of this shape, in the model's order, and its sizes."""
-    sizes = {row: tuple(axis_size(axis, shape) for axis in axes) for row, axes in rows.items()}
-    per_layer = [row for row in rows if row.startswith(LAYER_PREFIX)]
-    layers = (
-        (row.replace("*", str(layer), 1), sizes[row]) for layer in range(shape.num_hidden_layers) for row in per_layer
-    )
-    before = ((row, sizes[row]) for row in rows if row == EMBEDDING)
-    after = ((row, sizes[row]) for row in rows if not row.startswith(LAYER_PREFIX) and row != EMBEDDING)
-    return dict(chain(before, layers, after))
+    sizes = {row: found.size(shape) for row, found in rows.items()}
+    first = next(iter(rows))
+    inside = [row for row in rows if ".layers.*." in row]
+    result = {first: sizes[first]}
+    for layer in range(shape.num_hidden_layers):
+        for row in inside:
+            for name in _instances(row, shape):
+                result[name.replace(".layers.*.", f".layers.{layer}.", 1)] = sizes[row]
+    return {**result, **{row: sizes[row] for row in rows if row not in inside and row != first}}
+
+
+def _count(row: str, shape: Shape) -> int:
+    """Tensors of a row in a model of this shape."""
+    layers = shape.num_hidden_layers if ".layers.*." in row else 1
+    return layers * (shape.num_experts if ".experts.*." in row else 1)
 
 
 def num_parameters(info: ModelInfo, shape: Shape) -> int:
     """Parameters of a model of this family and `shape`; a tied head counts once."""
-    return sum(
-        prod(axis_size(axis, shape) for axis in axes) * (shape.num_hidden_layers if row.startswith(LAYER_PREFIX) else 1)
-        for row, axes in info.rows.items()
-    )
+    return sum(prod(row.size(shape)) * _count(name, shape) for name, row in info.rows.items())
+
+
+def num_embedding_parameters(info: ModelInfo, shape: Shape) -> int:
+    """Those of the embedding and, where it isn't tied, of the output head."""
+    names = (info.family.embedding, info.family.head)
+    return sum(prod(info.rows[name].size(shape)) for name in names if name in info.rows)
+
+
+def num_active_parameters(info: ModelInfo, shape: Shape) -> int:
+    """Parameters that one token meets: of the experts only num_experts_per_tok."""
+    total = num_parameters(info, shape)
+    if not shape.num_experts:
+        return total
+    chosen = info.parsed.num_experts_per_tok
+    experts = 0
+    for name, row in info.rows.items():
+        # Per-expert tensors and fused ones alike; the router isn't of an expert.
+        if ".experts." in name:
+            experts += prod(row.size(shape)) * _count(name, shape)
+    return total - experts + experts * chosen // shape.num_experts
 
 
 def parse_config(config: Mapping[str, Any], source: str) -> PreTrainedConfig:
     """transformers' own config object, for its defaults and its rules; ArchitectureError when it refuses."""
     family = family_of(config, source)
+    if family.model_type not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"{source}: transformers has no config class for model_type={family.model_type!r}; set "
+            "teacher.trust_remote_code=true if config.json's auto_map names one that you trust, or install its package"
+        )
     try:
         return CONFIG_MAPPING[family.model_type].from_dict(dict(config))
     except Exception as error:  # transformers raises its strict-dataclass, ValueError, TypeError and KeyError here
@@ -220,28 +167,34 @@ def parse_config(config: Mapping[str, Any], source: str) -> PreTrainedConfig:
         raise ArchitectureError(f"{source}: transformers refuses it as a {family.title} config: {reason}") from error
 
 
-def family_of(config: Mapping[str, Any], source: str) -> Family:
-    """The family of a config.json; ArchitectureError for one that the table lacks."""
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        known = ", ".join(f"{f.model_type} ({f.title})" for f in FAMILIES.values())
-        raise ArchitectureError(
-            f"{source}: model_type={model_type!r} is not in the axis table; there are {known}. Use a teacher of one of "
-            "these, or add the family's rows to compress/architecture.py and its sizes to tests/families.py"
-        )
-    return FAMILIES[str(model_type)]
+def check_described(family: Family, config: PreTrainedConfig, source: str) -> None:
+    """Raise ArchitectureError for a config whose layers the rows don't describe."""
+    for field, expected in family.only.items():
+        found = getattr(config, field, None)
+        if found != expected and not (not found and not expected):
+            raise ArchitectureError(
+                f"{source}: {field}={found}, but the table's {family.title} rows are for {field}={expected} only"
+            )
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
     """The sizes of a config, with transformers' defaults for what older files leave out."""
+    family = family_of(config.to_dict(), "the config")
+
+    def size(name: str) -> int:
+        field = family.field(name)
+        return int(getattr(config, field, None) or 0) if field else 0
+
     heads = config.num_attention_heads
     return Shape(
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=size("intermediate_size"),
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_key_value_heads=size("num_key_value_heads") or heads,
+        num_experts=size("num_experts"),
+        moe_intermediate_size=size("moe_intermediate_size"),
+        head_dim=size("head_dim") or config.hidden_size // heads,
         vocab_size=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
     )
@@ -263,7 +216,18 @@ def student_config(
     """
     assert len(kept_layers) == shape.num_hidden_layers, (kept_layers, shape)
     teacher = parse_config(config, "config.json")
-    student = {**config, **{name: getattr(shape, name) for name in PRUNABLE}, "head_dim": shape.head_dim}
+    student = dict(config)
+    for name in (*family.prunable, "head_dim"):
+        field = family.field(name)
+        if field is not None:
+            student[field] = getattr(shape, name)
+    # One size under two names: the config says it as it said it before, in one place or in both.
+    for one, other in getattr(teacher, "attribute_map", {}).items():
+        for ours, theirs in ((one, other), (other, one)):
+            if theirs in config and ours in student and student[ours] != config.get(ours):
+                student[theirs] = student[ours]
+                if ours not in config:
+                    del student[ours]
     types = config_layer_types(teacher)
     if types is not None:
         student["layer_types"] = [types[layer] for layer in kept_layers]
@@ -276,55 +240,82 @@ def student_config(
 def check_shape(info: ModelInfo, shape: Shape, multiple_of: int) -> None:
     """Raise ConfigError unless the teacher can be sliced to `shape` and transformers loads the result.
 
-    Hidden and intermediate sizes are multiples of `multiple_of` (matrix units), unless they are the teacher's own;
-    every kept key-value head keeps the same number of query heads.
+    Hidden, intermediate and expert sizes are multiples of `multiple_of` (matrix units), unless they are the teacher's
+    own; every kept key-value head keeps the same number of query heads.
     """
-    teacher, title = info.shape, info.family.title
+    teacher, family = info.shape, info.family
     assert (shape.head_dim, shape.vocab_size, shape.tied) == (teacher.head_dim, teacher.vocab_size, teacher.tied)
     for name in PRUNABLE:
         value, limit = getattr(shape, name), getattr(teacher, name)
-        if not 1 <= value <= limit:
+        if limit == 0 and value:
+            raise ConfigError(
+                f"prune.{name}={value}: a {family.title} model has none; it has "
+                f"{', '.join(n for n in family.prunable if getattr(teacher, n))}"
+            )
+        if limit and not 1 <= value <= limit:
             raise ConfigError(
                 f"prune.{name}={value} must be within 1 and the teacher's {limit}; nearest: {min(limit, max(1, value))}"
             )
-
-    divides = info.family.hidden_divisible_by_heads
-    width_rule = f"must be a multiple of shape.multiple_of={multiple_of}"
-    heads_rule = f"for {title} in transformers 5, of num_attention_heads={shape.num_attention_heads}"
-
-    def width_ok(name: str, value: int) -> bool:
-        family_ok = name != "hidden_size" or not divides or value % shape.num_attention_heads == 0
-        return family_ok and (value == getattr(teacher, name) or value % multiple_of == 0)
-
-    def heads_ok(heads: int) -> bool:
-        groups = shape.num_key_value_heads
-        family_ok = not divides or shape.hidden_size % heads == 0
-        return family_ok and heads % groups == 0 and heads // groups <= teacher.group_size
-
-    for name, rule in (
-        ("intermediate_size", width_rule),
-        ("hidden_size", f"{width_rule} and, {heads_rule}" if divides else width_rule),
-    ):
-        # A hidden size that isn't pruned can't be at fault: then it is the number of heads, below.
-        if getattr(shape, name) != getattr(teacher, name) and not width_ok(name, getattr(shape, name)):
-            options = [v for v in range(1, getattr(teacher, name) + 1) if width_ok(name, v)]
-            raise ConfigError(f"prune.{name}={getattr(shape, name)} {rule}; {_nearest(getattr(shape, name), options)}")
-    if not heads_ok(shape.num_attention_heads):
-        rule = (
-            f"must be 1 to {teacher.group_size} (the teacher's) query heads for each of "
-            f"num_key_value_heads={shape.num_key_value_heads}"
+    if family.locked and shape.hidden_size != shape.num_attention_heads * shape.head_dim:
+        heads, hidden = shape.hidden_size / shape.head_dim, shape.num_attention_heads * shape.head_dim
+        raise ConfigError(
+            f"prune.hidden_size={shape.hidden_size} with num_attention_heads={shape.num_attention_heads}: in "
+            f"{family.title} each head is hidden_size / num_attention_heads = {teacher.head_dim} wide, so neither is "
+            f"pruned alone; give prune.hidden_size={hidden}"
+            + (f" or prune.num_attention_heads={heads:.0f}" if heads.is_integer() and heads >= 1 else "")
+            + " with it"
         )
-        if divides:
-            rule += f" and, for {title} in transformers 5, divide hidden_size={shape.hidden_size}"
-        options = [v for v in range(1, teacher.num_attention_heads + 1) if heads_ok(v)]
-        near = _nearest(shape.num_attention_heads, options)
-        raise ConfigError(f"prune.num_attention_heads={shape.num_attention_heads} {rule}; {near}")
+    _check_widths(info, shape, multiple_of)
+    _check_heads(info, shape)
+    if shape.num_experts:
+        chosen = info.parsed.num_experts_per_tok
+        if shape.num_experts < chosen:
+            raise ConfigError(
+                f"prune.num_experts={shape.num_experts} is fewer than the num_experts_per_tok={chosen} that every "
+                f"token is routed to; keep {chosen} at least"
+            )
     try:
-        parse_config(
-            student_config(info.config, info.family, shape, range(shape.num_hidden_layers)), "the student's config.json"
-        )
+        parse_config(student_config(info.config, family, shape, range(shape.num_hidden_layers)), "the student's config")
     except ArchitectureError as error:
         raise ConfigError(f"prune.*: {error}; choose other sizes") from error
+
+
+def _check_widths(info: ModelInfo, shape: Shape, multiple_of: int) -> None:
+    teacher, family = info.shape, info.family
+    multiple = f"must be a multiple of shape.multiple_of={multiple_of}"
+
+    def legal(name: str, value: int) -> bool:
+        divides = name == "hidden_size" and family.hidden_divisible_by_heads
+        family_ok = not divides or value % shape.num_attention_heads == 0
+        return family_ok and (value == getattr(teacher, name) or value % multiple_of == 0)
+
+    for name in ("intermediate_size", "moe_intermediate_size", "hidden_size"):
+        value = getattr(shape, name)
+        # A hidden size that isn't pruned can't be at fault: then it is the number of heads, in _check_heads.
+        if value != getattr(teacher, name) and not legal(name, value):
+            rule = multiple
+            if name == "hidden_size" and family.hidden_divisible_by_heads:
+                heads = shape.num_attention_heads
+                rule += f" and, for {family.title} in transformers 5, of num_attention_heads={heads}"
+            options = [v for v in range(1, getattr(teacher, name) + 1) if legal(name, v)]
+            raise ConfigError(f"prune.{name}={value} {rule}; {_nearest(value, options)}")
+
+
+def _check_heads(info: ModelInfo, shape: Shape) -> None:
+    teacher, family, groups = info.shape, info.family, shape.num_key_value_heads
+
+    def legal(heads: int) -> bool:
+        family_ok = not family.hidden_divisible_by_heads or shape.hidden_size % heads == 0
+        return family_ok and heads % groups == 0 and heads // groups <= teacher.group_size
+
+    if legal(shape.num_attention_heads):
+        return
+    rule = f"must be 1 to {teacher.group_size} (the teacher's) query heads for each of num_key_value_heads={groups}"
+    if family.hidden_divisible_by_heads:
+        rule += f" and, for {family.title} in transformers 5, divide hidden_size={shape.hidden_size}"
+    options = [v for v in range(1, teacher.num_attention_heads + 1) if legal(v)]
+    near = _nearest(shape.num_attention_heads, options)
+    raise ConfigError(f"prune.num_attention_heads={shape.num_attention_heads} {rule}; {near}")
 
 
 def _nearest(value: int, options: Sequence[int]) -> str:
@@ -334,6 +325,17 @@ def _nearest(value: int, options: Sequence[int]) -> str:
 
 
 def with_sizes(teacher: Shape, sizes: Mapping[str, int]) -> Shape:
-    """The teacher's shape with some of its prunable sizes replaced."""
+    """The teacher's shape with some of its prunable sizes replaced.
+
+    Where every key-value head has one query head, the number of one follows the other's unless both are given.
+    """
     assert set(sizes) <= set(PRUNABLE), sizes
+    sizes = dict(sizes)
+    if teacher.group_size == 1:
+        for one, other in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("num_key_value_heads", "num_attention_heads"),
+        ):
+            if one in sizes:
+                sizes.setdefault(other, sizes[one])
     return replace(teacher, **sizes)  # type: ignore[arg-type]

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.architecture import Taps, family_of, taps
+from compress.architecture import Taps, shape_of, taps
 from compress.errors import NumericalError
+from compress.families import AXES, family_of
+from compress.models import decoder_layers, set_decoder_layers
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -60,12 +62,12 @@ def compensated_weights(
     The model's removed layers are put back before it returns.
     """
     where = taps(family_of(model.config.to_dict(), "the model"))
-    layers: nn.ModuleList = model.model.layers
+    shape, layers = shape_of(model.config), decoder_layers(model)
     chosen = {
         module.replace("*", str(layer)): kept[axis][position]
         for axis, module in _readers(where).items()
         for position, layer in enumerate(kept["layers"].tolist())
-        if kept[axis].shape[1] < _width(model, axis)
+        if kept[axis].shape[1] < getattr(shape, AXES[axis])
     }
     if not chosen:
         return {}
@@ -83,29 +85,24 @@ def compensated_weights(
 
     handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in chosen]
     try:
-        model.model.layers = nn.ModuleList([layers[layer] for layer in kept["layers"].tolist()])
+        set_decoder_layers(model, [layers[layer] for layer in kept["layers"].tolist()])
         for batch in batches:
             valid_BT = batch.valid_mask
             trunk(model, batch)
     finally:
-        model.model.layers = layers
+        set_decoder_layers(model, layers)
         for handle in handles:
             handle.remove()
-    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     result = {}
     for name, kept_units in chosen.items():
         columns = kept_units
-        if name.endswith(_readers(where)["query_heads"].rsplit(".", 1)[-1]):
-            columns = (kept_units[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        if name.endswith(where.query_heads.rsplit(".", 1)[-1]):
+            columns = (kept_units[:, None] * shape.head_dim + torch.arange(shape.head_dim)).flatten()
         result[f"{name}.weight"] = reconstruct(model.get_parameter(f"{name}.weight"), moments[name], columns)
     return result
 
 
 def _readers(where: Taps) -> dict[str, str]:
     """Axis -> pattern of the module whose input lies on it."""
-    return {"intermediate": where.intermediate, "query_heads": where.query_heads}
-
-
-def _width(model: PreTrainedModel, axis: str) -> int:
-    name = {"intermediate": "intermediate_size", "query_heads": "num_attention_heads"}[axis]
-    return int(getattr(model.config, name))
+    readers = {"intermediate": where.intermediate, "query_heads": where.query_heads}
+    return {axis: module for axis, module in readers.items() if module is not None}

@@ -28,6 +28,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from compress.criteria import parse_criterion
 from compress.errors import ConfigError
 
 
@@ -40,6 +41,7 @@ class Stage(StrEnum):
     export = "export"
     evaluate = "evaluate"
     status = "status"
+    selftest = "selftest"
 
 
 class LossOn(StrEnum):
@@ -47,15 +49,28 @@ class LossOn(StrEnum):
     response = "response"
 
 
-class Aggregation(StrEnum):
-    mean = "mean"
-    l2 = "l2"
-    variance = "variance"
-
-
 class DepthCriterion(StrEnum):
+    """What to remove by (`depth.py`): without a suffix each layer alone, or greedily, or a contiguous block."""
+
     block_influence = "block_influence"
-    greedy_kl = "greedy_kl"
+    block_cosine = "block_cosine"
+    loss = "loss"
+    loss_greedy = "loss_greedy"
+    loss_block = "loss_block"
+    nmse = "nmse"
+    nmse_greedy = "nmse_greedy"
+    nmse_block = "nmse_block"
+    kl = "kl"
+    kl_greedy = "kl_greedy"
+    kl_block = "kl_block"
+    task = "task"
+    task_greedy = "task_greedy"
+    task_block = "task_block"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether candidate models are run, up to score.max_removed_layers; else every number of layers is known."""
+        return self not in (DepthCriterion.block_influence, DepthCriterion.block_cosine)
 
 
 class ComputeDtype(StrEnum):
@@ -107,14 +122,22 @@ class DataConfig:
 
 
 @dataclass
+class ArchitectureConfig:
+    table: str | None = None  # a file of families of your own, beside the built-in ones (docs/families.md)
+
+
+@dataclass
 class ScoreConfig:
+    """Criteria: the first of each list is what pruning goes by unless prune.*_criterion names another."""
+
     num_sequences: int = 64
-    sequence_aggregation: Aggregation = Aggregation.mean  # Minitron's default: mean over sequence, L2 over batch
-    batch_aggregation: Aggregation = Aggregation.l2
-    weighted: bool = False  # intermediate and heads times the norm of the weights that read them
-    depth: DepthCriterion = DepthCriterion.block_influence
-    greedy_sequences: int = 12
-    max_removed_layers: int | None = None  # how far greedy_kl goes; none = half of the layers
+    # KIND or KIND:BATCH/SEQUENCE; kinds activation, weighted_activation, taylor, weight_magnitude; Minitron's is first
+    width: list[str] = field(default_factory=lambda: ["activation:l2/mean"])
+    depth: list[DepthCriterion] = field(default_factory=lambda: [DepthCriterion.block_influence])
+    depth_sequences: int = 12  # that loss, nmse and kl are measured on
+    task_path: str = "embedded:piqa"  # jsonl of {question, choices, label}, for task, task_greedy and task_block
+    task_items: int = 64
+    max_removed_layers: int | None = None  # how far they go; none = as prune.* asks, else half of the layers
     micro_batch_size: int = 4
 
 
@@ -128,7 +151,11 @@ class PruneConfig:
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None  # of one expert
     max_parameters: float | None = None
+    width_criterion: str | None = None  # of score.width; none = its first
+    depth_criterion: DepthCriterion | None = None  # of score.depth; none = its first
     removed_layers: list[int] | None = None  # by hand, instead of the depth criterion
     compensate: bool = False  # kept MLP channels and heads absorb what the removed ones did, by least squares
     compensate_sequences: int = 128  # of calibration text, or as many as there are
@@ -191,6 +218,7 @@ class CompressConfig:
     compute_dtype: ComputeDtype = ComputeDtype.auto
     threads: int = 0  # 0 = torch's own choice
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
@@ -345,6 +373,8 @@ def _rule_of(hint: Any) -> str | None:
         bool: "true or false",
         str: "text",
         list[int]: "a list of whole numbers, such as [3,4]",
+        list[str]: "a list of names, such as [activation,taylor]",
+        list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
         SourceConfig: "a source, such as {path: my.jsonl}",
     }
@@ -389,9 +419,10 @@ _RULES: tuple[_Rule, ...] = (
     (
         lambda v: v >= 1,
         "must be at least 1",
-        "data.records_per_shard score.num_sequences score.greedy_sequences score.micro_batch_size "
+        "data.records_per_shard score.num_sequences score.depth_sequences score.task_items score.micro_batch_size "
         "score.max_removed_layers shape.multiple_of prune.hidden_size prune.intermediate_size prune.num_hidden_layers "
-        "prune.num_attention_heads prune.num_key_value_heads prune.compensate_sequences distill.global_batch_size "
+        "prune.num_attention_heads prune.num_key_value_heads prune.num_experts prune.moe_intermediate_size "
+        "prune.compensate_sequences distill.global_batch_size "
         "distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints distill.log_steps export.step "
         "evaluate.micro_batch_size evaluate.lm_eval_items evaluate.generate_tokens",
     ),
@@ -443,8 +474,26 @@ def check(config: CompressConfig) -> None:
             f"prune.removed_layers={config.prune.removed_layers} can't be combined with prune.max_parameters="
             f"{config.prune.max_parameters:,.0f}, which chooses the layers; set one of the two to null"
         )
+    _check_criteria(config)
     for split in ("train", "calibration", "validation"):
         _check_sources(split, getattr(config.data, split))
+
+
+def _check_criteria(config: CompressConfig) -> None:
+    wanted = config.prune.width_criterion
+    _check_choice("width", [str(parse_criterion(text)) for text in config.score.width],
+                  wanted and str(parse_criterion(wanted)))  # fmt: skip
+    depth = config.prune.depth_criterion
+    _check_choice("depth", [str(criterion) for criterion in config.score.depth], depth and str(depth))
+
+
+def _check_choice(name: str, scored: list[str], wanted: str | None) -> None:
+    if not scored or len(set(scored)) < len(scored):
+        raise ConfigError(f"score.{name}={scored}: give one criterion at least, and each once")
+    if wanted is not None and wanted not in scored:
+        raise ConfigError(
+            f"prune.{name}_criterion={wanted} is none of score.{name}={scored}; add it there, or choose one of them"
+        )
 
 
 def _check_batches(config: CompressConfig) -> None:

@@ -22,7 +22,7 @@ from compress.artifacts import disk_errors, write_atomic
 from compress.config import CompressConfig, Optimizer
 from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.inputs import student_of, teacher_of
-from compress.models import check_same_tokenizer, load_model
+from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
 from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
@@ -58,7 +58,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             compile_layers(teacher.model)
             compile_layers(model)
         student = StudentModule(model, settings.temperature).train()
-        shard(student, model.model.layers, mesh, dtype)
+        shard(student, decoder_layers(model), mesh, dtype)
         optimizer = LocalOptimizer(
             student.named_parameters(),
             muon=settings.optimizer is Optimizer.muon,

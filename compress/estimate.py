@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compress.architecture import num_parameters, with_sizes
-from compress.config import CompressConfig, DepthCriterion, Stage
+from compress.config import CompressConfig, Stage
 from compress.embedded import resolve
 from compress.folders import read_model
 from compress.inputs import teacher_of
@@ -45,9 +45,11 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     student = min(student, int(config.prune.max_parameters or student))
     speed = _flops_per_second(resolve_dtype(config.compute_dtype))
     score = 2 * teacher * config.score.num_sequences * length
-    if config.score.depth is DepthCriterion.greedy_kl and config.prune.removed_layers is None:
+    measured = [criterion for criterion in config.score.depth if criterion.is_measured]
+    if measured:
         removed = layers - (config.prune.num_hidden_layers or config.score.max_removed_layers or layers // 2)
-        score += removed * layers * teacher * config.score.greedy_sequences * length
+        trials = sum(removed if criterion.endswith(("_greedy", "_block")) else 1 for criterion in measured)
+        score += trials * layers * teacher * config.score.depth_sequences * length
     compensate = 0.0
     if config.prune.compensate:  # products of float32 that need no efficiency taken off, at about a sixth of bfloat16's
         tokens = config.prune.compensate_sequences * length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from compress.export import folder_name as export_folder
 from compress.inputs import student_of, teacher_of
 from compress.metrics import generation_speed, language_modelling
 from compress.models import load_model, load_tokenizer
+from compress.multiple_choice import read_items
 from compress.parallel import resolve_dtype
 from compress.progress import track
 from compress.tokens import TokenSet
@@ -104,38 +104,8 @@ def preflight(config: CompressConfig) -> None:
         import lm_eval  # noqa: F401
     except ImportError:
         raise ConfigError("evaluate.lm_eval=true needs lm-eval: pip install 'compress[lm-eval]'") from None
-    items = Path(resolve(config.evaluate.lm_eval_path, Path(config.cache_dir).expanduser())).expanduser()
-    if not items.is_file():
-        raise ConfigError(f"evaluate.lm_eval_path={items} is not there; give a jsonl of question, choices, label")
-    with items.open(errors="replace") as handle:
-        if not any(line.strip() for line in handle):
-            raise ConfigError(f"evaluate.lm_eval_path={items} is empty; give a jsonl of question, choices, label")
-        handle.seek(0)
-        for number, line in enumerate(handle, start=1):
-            if line.strip() and (problem := _item_problem(line)):
-                raise ConfigError(
-                    f"evaluate.lm_eval_path={items} line {number}: {problem}; each line must be a JSON object of "
-                    "question (text), choices (two texts or more) and label (the right one's index): "
-                    f"{line.strip()[:80]!r}"
-                )
-
-
-def _item_problem(line: str) -> str | None:
-    """What is wrong with a multiple-choice item; None when nothing is."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return f"not valid JSON ({error})"
-    if not isinstance(row, dict) or not {"question", "choices", "label"} <= row.keys():
-        return "not an object with question, choices and label"
-    choices, label = row["choices"], row["label"]
-    if not isinstance(row["question"], str):
-        return "question is no text"
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-        return "choices is no list of two texts or more"
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        return f"label={label!r} is no index of its {len(choices)} choices"
-    return None
+    path = Path(resolve(config.evaluate.lm_eval_path, Path(config.cache_dir).expanduser())).expanduser()
+    read_items(path, "evaluate.lm_eval_path")
 
 
 def table(config: CompressConfig, run_dir: Path) -> Table:

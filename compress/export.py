@@ -12,6 +12,7 @@ from compress.artifacts import MANIFEST, building_folder, open_permissions, repl
 from compress.config import CompressConfig
 from compress.distill import num_steps
 from compress.errors import ArtifactError, ConfigError
+from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
@@ -77,6 +78,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         copy_companions(teacher, folder, trust)
         open_permissions(folder)
         _check_reloaded(folder, model, trust)
+        read_model(folder, trust)  # its tensors are those of the table, and no others
     replace_contents(run_dir / f".{target.name}-new", target)
     log.info("exported step %d (%d tokens) to %s", facts["step"], facts["tokens"], target)
 

@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from compress.architecture import (
-    EMBEDDING,
-    HEAD,
-    ModelInfo,
-    TensorInfo,
-    family_of,
-    parse_config,
-    shape_of,
-    tensor_shapes,
-)
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from compress.architecture import ModelInfo, TensorInfo, check_described, parse_config, shape_of, tensor_shapes
 from compress.artifacts import open_tensors, read_json
 from compress.embedded import resolve
 from compress.errors import ArchitectureError, ArtifactError
+from compress.families import Family, family_of
 
-# Recomputed by every transformers since 4.32; early Llama checkpoints still carry them.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Recomputed by every transformers since 4.32; early Llama and GPT-NeoX checkpoints still carry them.
+IGNORED = re.compile(r".*\.layers\.\d+\.(self_attn|attention)\.(rotary_emb\.inv_freq|bias|masked_bias)")
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What a snapshot needs. Not *.bin (pickle), not consolidated.safetensors (the weights again, in another naming).
 HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
@@ -86,20 +80,23 @@ def read_model(folder: Path, trust_remote_code: bool = False) -> ModelInfo:
             f"{source}: the checkpoint is quantised ({method}); rows of packed weights can't be selected. "
             "Use the bfloat16 original as teacher and quantise the student"
         )
+    if trust_remote_code and dict(config.get("auto_map") or {}).get("AutoConfig"):
+        _register_config_class(folder, family)
     parsed = parse_config(config, source)
+    check_described(family, parsed, source)
     shape = shape_of(parsed)
     for name, value in asdict(shape).items():
-        if name != "tied" and value < 1:
-            raise ArchitectureError(f"{source}: {name}={value} must be at least 1")
+        if name != "tied" and value < 1 and family.field(name) is not None:
+            raise ArchitectureError(f"{source}: {family.field(name)}={value} must be at least 1")
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise ArchitectureError(
             f"{source}: num_attention_heads={shape.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={shape.num_key_value_heads}"
         )
     tensors = _read_headers(folder)
-    if shape.tied and HEAD in tensors:
-        _check_same_head(folder, tensors)
-        del tensors[HEAD]
+    if shape.tied and family.head in tensors:
+        _check_same_head(folder, tensors, family)
+        del tensors[family.head]
     _check_tensors(folder, tensors, tensor_shapes(family.rows(parsed), shape))
     return ModelInfo(folder, config, family, shape, tensors)
 
@@ -159,20 +156,28 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _check_same_head(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_same_head(folder: Path, tensors: Mapping[str, TensorInfo], family: Family) -> None:
     """A tied config with a stored head is fine when it is the embedding; else transformers and vLLM would disagree."""
-    if EMBEDDING in tensors:
+    embedding, head = family.embedding, family.head
+    if embedding in tensors:
         with (
-            open_tensors(folder / tensors[EMBEDDING].shard) as first,
-            open_tensors(folder / tensors[HEAD].shard) as second,
+            open_tensors(folder / tensors[embedding].shard) as first,
+            open_tensors(folder / tensors[head].shard) as second,
         ):
-            one, other = first.get_tensor(EMBEDDING), second.get_tensor(HEAD)
+            one, other = first.get_tensor(embedding), second.get_tensor(head)
             if one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all()):
                 return
     raise ArchitectureError(
-        f"{folder}: config.json says tie_word_embeddings=true, but {HEAD} is stored and isn't {EMBEDDING}; "
+        f"{folder}: config.json says tie_word_embeddings=true, but {head} is stored and isn't {embedding}; "
         "set tie_word_embeddings to false in config.json if the head is right, or delete the tensor if it is not"
     )
+
+
+def _register_config_class(folder: Path, family: Family) -> None:
+    """Let transformers' own mapping know the config class that a trusted folder brings along."""
+    if family.model_type not in CONFIG_MAPPING:
+        found = type(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+        CONFIG_MAPPING.register(family.model_type, found, exist_ok=True)
 
 
 def _check_tensors(folder: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:

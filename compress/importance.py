@@ -1,54 +1,31 @@
-"""Importance of every prunable unit from one forward-only pass (Minitron, arXiv 2407.14679, section 2.2), and its file.
+"""Importance of every prunable unit from activations.
 
-Activations are reduced as they appear; what is kept is a few numbers per unit. A score is defined per sequence and then
-over sequences, so it doesn't depend on how sequences are put into batches.
+One forward-only pass gives all of it (Minitron, arXiv 2407.14679, section 2.2): activations are reduced
+as they appear, and what is kept is a few numbers per unit. A score is defined per sequence and then over sequences, so
+it doesn't depend on how sequences are put into batches. Gradients and weights: `gradients.py`.
 """
 
 # B sequences, T tokens, L layers, D hidden, F intermediate, H query heads, G key-value heads, d head_dim, X any of them
+# E experts, K experts of a token, N tokens of a batch
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.architecture import Shape, family_of, shape_of, taps
-from compress.artifacts import open_tensors, save_tensors
-from compress.errors import ArtifactError, NumericalError
+from compress.architecture import Taps, shape_of, taps
+from compress.criteria import Criterion, parse_criterion
+from compress.errors import NumericalError
+from compress.families import Family, Shape, family_of
+from compress.models import decoder_layers
+from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
 from compress.tokens import TokenBatch
-
-FORMAT_VERSION = 1
-AGGREGATIONS = ("mean", "l2", "variance")
-
-
-@dataclass(frozen=True)
-class Importance:
-    """Scores of one teacher, float32 on the CPU; higher = keep.
-
-    `removal_order` and `removal_kl` are there when layers were removed greedily: which layer goes first, second, ...,
-    and the KL to the teacher in nats per token once it is gone.
-    """
-
-    hidden_D: Tensor
-    intermediate_LF: Tensor
-    query_heads_LH: Tensor
-    key_value_heads_LG: Tensor
-    block_influence_L: Tensor
-    num_sequences: int
-    num_tokens: int
-    sequence_aggregation: str
-    batch_aggregation: str
-    removal_order: Tensor | None = None
-    removal_kl: Tensor | None = None
 
 
 class _Running:
@@ -61,9 +38,10 @@ class _Running:
 
     def add(self, value_BX: Tensor) -> None:
         value_BX = value_BX.to("cpu", torch.float64)
-        count = value_BX.shape[0]
         mean_X = value_BX.mean(0)
-        deviation_X = (value_BX - mean_X).square().sum(0)
+        self.merge(value_BX.shape[0], mean_X, (value_BX - mean_X).square().sum(0))
+
+    def merge(self, count: int, mean_X: Tensor, deviation_X: Tensor) -> None:
         total = self.count + count
         shift_X = mean_X - self.mean_X
         self.deviation_X = self.deviation_X + deviation_X + shift_X.square() * (self.count * count / total)
@@ -102,39 +80,65 @@ def aggregate_sequence(values_BTX: Tensor, valid_BT: Tensor | None, aggregation:
     return deviation_BTX.square().sum(1) / count_B1
 
 
-class _Listener:
-    """The hooks of one pass. `valid_BT` and `real_B` describe the batch that is running."""
+class Listener:
+    """The hooks of one pass over layers that may come and go: names as in the whole model, layer by layer."""
 
-    def __init__(self, model: PreTrainedModel, sequence_aggregation: str) -> None:
-        self.aggregation = sequence_aggregation
-        self.scores: dict[str, _Running] = {}
-        self.angle_L = torch.zeros(len(model.model.layers), dtype=torch.float64)
+    def __init__(self, family: Family, num_layers: int, aggregations: Sequence[str], similarity: bool = False) -> None:
+        self.where = taps(family)
+        self.aggregations = aggregations
+        self.scores: dict[tuple[str, str], _Running] = {}  # (module, aggregation over the sequence)
+        self.routed_norm: dict[str, Tensor] = {}  # module of the experts -> (E,) sum of output norms
+        self.routed_count: dict[str, Tensor] = {}
+        self.angle_L = torch.zeros(num_layers, dtype=torch.float64)
+        self.similarity = _Similarity(num_layers) if similarity else None
+        self.num_sequences = self.num_tokens = 0
         self.valid_BT: Tensor | None = None
         self.real_B: Tensor | None = None
-        self.handles: list[Any] = []
-        where = taps(family_of(model.config.to_dict(), "the model"))
-        for number, layer in enumerate(model.model.layers):
-            self.handles.append(layer.register_forward_hook(self._influence(number), with_kwargs=True))
-            for pattern in where.hidden:
-                self._listen(model, pattern.replace("*", str(number)), of_output=True)
-            for pattern in (where.intermediate, where.query_heads):
-                self._listen(model, pattern.replace("*", str(number)), of_output=False)
+        self.all_valid_BT: Tensor = torch.zeros(0)
 
-    def _listen(self, model: PreTrainedModel, name: str, of_output: bool) -> None:
-        running = self.scores[name] = _Running()
+    def attach(self, layer: nn.Module, number: int) -> list[Callable[[], None]]:
+        """Listen to a layer; returns what takes each hook off again."""
+        inside = [pattern.partition(".layers.*.")[2] for pattern in self.where.hidden]
+        undo = [self._hook(layer, name, number, of_output=True) for name in inside]
+        for pattern in (self.where.intermediate, self.where.query_heads):
+            if pattern is not None:
+                undo.append(self._hook(layer, pattern.partition(".layers.*.")[2], number, of_output=False))
+        undo.append(layer.register_forward_hook(self._influence(number), with_kwargs=True).remove)
+        experts = experts_of(layer)
+        if experts is not None:
+            undo.append(self._listen_experts(experts, f"{number}.experts"))
+        return undo
 
+    def start(self, valid_BT: Tensor) -> bool:
+        """Say which tokens of the coming batch are real; False when none is, and the batch isn't worth running."""
+        real_B = valid_BT.any(1)
+        self.all_valid_BT = valid_BT
+        self.real_B = None if bool(real_B.all()) else real_B
+        self.valid_BT = None if bool(valid_BT.all()) else valid_BT[real_B]
+        self.num_sequences += int(real_B.sum())
+        self.num_tokens += int(valid_BT.sum())
+        return bool(real_B.any())
+
+    def _add(self, name: str, values_BTX: Tensor) -> None:
+        if self.real_B is not None:
+            values_BTX = values_BTX[self.real_B]
+        for aggregation in self.aggregations:
+            running = self.scores.setdefault((name, aggregation), _Running())
+            running.add(aggregate_sequence(values_BTX, self.valid_BT, aggregation))
+
+    def _hook(self, layer: nn.Module, name: str, number: int, of_output: bool) -> Callable[[], None]:
         def hook(_module: Any, arguments: Any, output: Tensor) -> None:
-            values_BTX = output if of_output else arguments[0]
-            if self.real_B is not None:
-                values_BTX = values_BTX[self.real_B]
-            running.add(aggregate_sequence(values_BTX, self.valid_BT, self.aggregation))
+            self._add(f"{number}.{name}", output if of_output else arguments[0])
 
-        self.handles.append(model.get_submodule(name).register_forward_hook(hook))
+        handle = layer.get_submodule(name).register_forward_hook(hook)
+        return handle.remove
 
     def _influence(self, number: int) -> Callable[..., None]:
         def hook(_module: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
             before_BTD = arguments[0] if arguments else keywords["hidden_states"]
             after_BTD = output[0] if isinstance(output, tuple) else output
+            if self.similarity is not None:
+                self.similarity.add(number, before_BTD, after_BTD, self.all_valid_BT)
             if self.real_B is not None:
                 before_BTD, after_BTD = before_BTD[self.real_B], after_BTD[self.real_B]
             angle_BT = 1 - F.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
@@ -144,167 +148,226 @@ class _Listener:
 
         return hook
 
-    def start(self, valid_BT: Tensor) -> None:
-        """Say which tokens of the coming batch are real; the usual batch without padding costs no masking."""
-        real_B = valid_BT.any(1)
-        self.real_B = None if bool(real_B.all()) else real_B
-        self.valid_BT = None if bool(valid_BT.all()) else valid_BT[real_B]
+    def _listen_experts(self, experts: Any, name: str) -> Callable[[], None]:
+        """Run the experts one by one in place of the fused kernels, which show nothing of what is inside.
+
+        Units are scored with 0 where a token isn't routed to their expert; an expert by the mean norm of its weighted
+        output over the tokens that are (as REAP and NVIDIA's code).
+        """
+        original = experts.forward
+
+        def forward(hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+            valid_BT = self.all_valid_BT
+            valid_N = valid_BT.flatten()
+            norm_E = self.routed_norm.setdefault(name, torch.zeros(experts.num_experts, dtype=torch.float64))
+            count_E = self.routed_count.setdefault(name, torch.zeros(experts.num_experts, dtype=torch.float64))
+            result_ND = torch.zeros_like(hidden_ND)
+            for expert in range(experts.num_experts):
+                token_M, place_M = (index_NK == expert).nonzero(as_tuple=True)
+                inner_MF, outer_MD = run_expert(experts, expert, hidden_ND[token_M])
+                outer_MD = (outer_MD * weight_NK[token_M, place_M, None]).to(hidden_ND.dtype)
+                result_ND.index_add_(0, token_M, outer_MD)
+                norm_M = torch.linalg.vector_norm(outer_MD.float(), dim=-1)[valid_N[token_M]]
+                norm_E[expert] += norm_M.double().sum().cpu()
+                count_E[expert] += len(norm_M)
+                all_NF = inner_MF.new_zeros(len(hidden_ND), inner_MF.shape[1]).index_copy_(0, token_M, inner_MF)
+                self._add(f"{name}.{expert}", all_NF.unflatten(0, valid_BT.shape))
+            return result_ND
+
+        experts.forward = forward
+
+        def undo() -> None:
+            del experts.forward
+            assert experts.forward == original
+
+        return undo
+
+    def finish(self, layers: Sequence[nn.Module] | None, shape: Shape, criteria: Sequence[Criterion]) -> Importance:
+        """The scores by each activation criterion. `layers` for the weights of weighted ones."""
+        if self.num_tokens == 0:
+            raise NumericalError("the calibration batches hold no real token to score; check data.calibration")
+        norms = None if layers is None else [reader_norms(layer, self.where) for layer in layers]
+        widths = {}
+        for criterion in criteria:
+            if criterion.kind in ("activation", "weighted_activation"):
+                weights = norms if criterion.kind == "weighted_activation" else None
+                widths[str(criterion)] = self._widths(shape, criterion, weights)
+        influence_L = self.angle_L / self.num_tokens
+        if not bool(influence_L.isfinite().all()):
+            raise NumericalError(
+                f"layer {int((~influence_L.isfinite()).nonzero()[0])}: its block influence is not finite; "
+                "set compute_dtype=float32, or check the teacher's weights"
+            )
+        return Importance(
+            widths=widths,
+            depths={"block_influence": by_block_influence(influence_L)},
+            block_influence_L=influence_L.float(),
+            num_sequences=self.num_sequences,
+            num_tokens=self.num_tokens,
+            similarity_SS=None if self.similarity is None else self.similarity.result(),
+        )
+
+    def _widths(self, shape: Shape, criterion: Criterion, norms: Sequence[dict[str, Tensor]] | None) -> Widths:
+        def score(number: int, name: str) -> Tensor:
+            values_X = self.scores[f"{number}.{name}", criterion.sequence].result(criterion.batch)
+            if not bool(values_X.isfinite().all()):
+                raise NumericalError(
+                    f"layer {number}, {name}: {int((~values_X.isfinite()).sum())} of {values_X.numel()} scores are not "
+                    "finite; set compute_dtype=float32, or check the teacher's weights"
+                )
+            return (
+                values_X if norms is None else values_X * norms[number].get(name, torch.ones((), dtype=torch.float64))
+            )
+
+        layers = range(shape.num_hidden_layers)
+        hidden = [pattern.partition(".layers.*.")[2] for pattern in self.where.hidden]
+        readers = {"intermediate": self.where.intermediate, "query_heads": self.where.query_heads}
+        columns = {
+            axis: torch.stack([score(number, pattern.partition(".layers.*.")[2]) for number in layers])
+            for axis, pattern in readers.items()
+            if pattern is not None
+        }
+        experts = None
+        if shape.num_experts:
+            counts_LE = torch.stack([self.routed_count[f"{number}.experts"] for number in layers])
+            norms_LE = torch.stack([self.routed_norm[f"{number}.experts"] for number in layers])
+            experts = {
+                "experts": norms_LE / counts_LE.clamp(min=1),
+                "expert_intermediate": torch.stack(
+                    [
+                        torch.stack([score(number, f"experts.{e}") for e in range(shape.num_experts)])
+                        for number in layers
+                    ]
+                ),
+            }
+        total_D = torch.stack([torch.stack([score(n, name) for name in hidden]).sum(0) for n in layers]).sum(0)
+        return _by_unit(total_D, columns, experts, shape)
+
+
+def _by_unit(hidden_D: Tensor, columns: Mapping[str, Tensor], experts: Widths | None, shape: Shape) -> Widths:
+    """Scores of columns to scores of units: a head by the L2 norm over its columns, a group over those of its heads."""
+    columns_LHd = columns["query_heads"].unflatten(1, (shape.num_attention_heads, shape.head_dim))
+    heads_LH = torch.linalg.vector_norm(columns_LHd, dim=2)
+    found = {
+        "hidden": hidden_D,
+        "query_heads": heads_LH,
+        "key_value_heads": torch.linalg.vector_norm(heads_LH.unflatten(1, (shape.num_key_value_heads, -1)), dim=2),
+        **({"intermediate": columns["intermediate"]} if "intermediate" in columns else {}),
+        **(experts or {}),
+    }
+    return {axis: scores.float() for axis, scores in found.items()}
+
+
+class _Similarity:
+    """Mean cosine between the residual stream before, between and behind the layers, over real tokens; (L+1, L+1)."""
+
+    MAX_TOKENS = 1024  # of a batch, evenly spread: all depths of one batch are held at once
+
+    def __init__(self, num_layers: int) -> None:
+        self.states: list[Tensor] = []
+        self.sum_SS = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, number: int, before_BTD: Tensor, after_BTD: Tensor, valid_BT: Tensor) -> None:
+        places = valid_BT.flatten().nonzero().squeeze(1)
+        if len(places) > self.MAX_TOKENS:
+            places = places[torch.arange(self.MAX_TOKENS, device=places.device) * len(places) // self.MAX_TOKENS]
+        if number == 0:
+            self.states = [F.normalize(before_BTD.flatten(0, 1)[places].float(), dim=-1)]
+        self.states.append(F.normalize(after_BTD.flatten(0, 1)[places].float(), dim=-1))
+        if number == len(self.sum_SS) - 2:
+            states_NSD = torch.stack(self.states, 1)
+            self.sum_SS += (states_NSD @ states_NSD.transpose(1, 2)).double().sum(0).cpu()
+            self.count += len(places)
+            self.states = []
+
+    def result(self) -> Tensor:
+        return (self.sum_SS / max(self.count, 1)).float()
+
+
+def experts_of(layer: nn.Module) -> Any:
+    """The module that holds a layer's experts as fused parameters; None in a dense layer."""
+    return next(
+        (module for module in layer.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "num_experts")),
+        None,
+    )
+
+
+def run_expert(experts: Any, expert: int, hidden_MD: Tensor, kept_F: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(units after the gate (M, F), output (M, D)) of one expert of transformers' fused experts modules.
+
+    With `kept_F` the other units are 0.
+    """
+    gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+    if not experts.is_transposed:
+        gate_up, down = gate_up.T, down.T
+    inner_MX = hidden_MD @ gate_up
+    if experts.has_bias:
+        inner_MX = inner_MX + experts.gate_up_proj_bias[expert]
+    inner_MF: Tensor = experts._apply_gate(inner_MX)
+    if kept_F is not None:
+        inner_MF = torch.zeros_like(inner_MF).index_copy_(1, kept_F, inner_MF[:, kept_F])
+    outer_MD = inner_MF @ down
+    return inner_MF, outer_MD + experts.down_proj_bias[expert] if experts.has_bias else outer_MD
+
+
+def reader_norms(layer: nn.Module, where: Taps) -> dict[str, Tensor]:
+    """L2 norm of the weights that read each column, by module (or `experts.E`): what a unit adds to the stream."""
+    found = {}
+    for pattern in (where.intermediate, where.query_heads):
+        if pattern is not None:
+            name = pattern.partition(".layers.*.")[2]
+            weight: Tensor = layer.get_submodule(name).weight  # type: ignore[assignment]
+            found[name] = torch.linalg.vector_norm(weight.detach().double().cpu(), dim=0)
+    experts = experts_of(layer)
+    if experts is not None:
+        outer = 1 if experts.is_transposed else 0
+        for expert in range(experts.num_experts):
+            down = experts.down_proj[expert].detach().double().cpu()
+            found[f"experts.{expert}"] = torch.linalg.vector_norm(down, dim=outer)
+    return found
 
 
 @torch.no_grad()
 def estimate_importance(
     model: PreTrainedModel,
     batches: Iterable[TokenBatch],
+    criteria: Sequence[str] = ("activation:l2/mean",),
     *,
-    sequence_aggregation: str = "mean",
-    batch_aggregation: str = "l2",
-    weighted: bool = False,
+    similarity: bool = False,
 ) -> Importance:
     """Scores of every axis from one forward pass of the trunk; the output head doesn't run.
 
     hidden: outputs of every per-layer norm, summed over them. intermediate: input of down_proj, so after activation
     and gate (as NVIDIA's code; the paper's formula taps before). query_heads: columns of o_proj's input, then L2 over
-    head_dim; key_value_heads: L2 over the columns of all heads of the group. Block influence of a layer: 1 - mean
-    cosine between its input and output over real tokens. A sequence is a row of a batch.
+    head_dim; key_value_heads: L2 over the columns of all heads of the group. experts: mean norm of the router-weighted
+    output; expert_intermediate: as intermediate, per expert. Block influence of a layer: 1 - mean cosine between its
+    input and output over real tokens. A sequence is a row of a batch.
 
-    With `weighted`, the score of each column of down_proj's and o_proj's input is multiplied by the L2 norm of the
-    weights that read it: what the column adds to the residual stream, and not only how large it is.
+    Args:
+        criteria: activation or weighted_activation with aggregations (`criteria.parse_criterion`). A weighted score is
+            multiplied by the L2 norm of the weights that read the unit: what the column adds to the residual stream,
+            and not only how large it is.
+        similarity: also the mean cosine between the stream at any two depths, for contiguous blocks of layers.
 
     Raises NumericalError when a score isn't finite or no batch has a real token.
     """
-    assert {sequence_aggregation, batch_aggregation} <= set(AGGREGATIONS), (sequence_aggregation, batch_aggregation)
-    shape = shape_of(model.config)
+    parsed = [parse_criterion(text) for text in criteria]
+    assert all("activation" in criterion.kind for criterion in parsed), "for the others see gradients.py"
+    family, shape = family_of(model.config.to_dict(), "the model"), shape_of(model.config)
+    layers = decoder_layers(model)
+    aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
+    listener = Listener(family, shape.num_hidden_layers, aggregations, similarity)
     training = model.training
     model.eval()
-    listener = _Listener(model, sequence_aggregation)
-    num_sequences = num_tokens = 0
+    undo = [remove for number, layer in enumerate(layers) for remove in listener.attach(layer, number)]
     try:
         for batch in batches:
-            real = int(batch.valid_mask.any(1).sum())
-            if real:
-                listener.start(batch.valid_mask)
+            if listener.start(batch.valid_mask):
                 trunk(model, batch)
-                num_sequences, num_tokens = num_sequences + real, num_tokens + int(batch.valid_mask.sum())
     finally:
-        for handle in listener.handles:
-            handle.remove()
+        for remove in undo:
+            remove()
         model.train(training)
-    if num_tokens == 0:
-        raise NumericalError("the calibration batches hold no real token to score; check data.calibration")
-    score = {name: running.result(batch_aggregation) for name, running in listener.scores.items()}
-    for name, values_X in score.items():
-        if not bool(values_X.isfinite().all()):
-            raise NumericalError(
-                f"{name}: {int((~values_X.isfinite()).sum())} of {values_X.numel()} scores are not finite; "
-                "set compute_dtype=float32, or check the teacher's weights"
-            )
-    where = taps(family_of(model.config.to_dict(), "the model"))
-
-    def stack(pattern: str) -> Tensor:
-        return torch.stack([score[pattern.replace("*", str(layer))] for layer in range(shape.num_hidden_layers)])
-
-    if weighted:
-        for name, values_X in score.items():
-            weight = model.get_submodule(name).weight
-            if weight.ndim == 2:
-                values_X *= torch.linalg.vector_norm(weight.to(values_X.dtype), dim=0).to(values_X.device)
-
-    columns_LHd = stack(where.query_heads).unflatten(1, (shape.num_attention_heads, shape.head_dim))
-    heads_LH = torch.linalg.vector_norm(columns_LHd, dim=2)
-    groups_LG = torch.linalg.vector_norm(heads_LH.unflatten(1, (shape.num_key_value_heads, -1)), dim=2)
-    influence_L = listener.angle_L / num_tokens
-    if not bool(influence_L.isfinite().all()):
-        raise NumericalError(
-            f"model.layers.{int((~influence_L.isfinite()).nonzero()[0])}: its block influence is not finite; "
-            "set compute_dtype=float32, or check the teacher's weights"
-        )
-    return Importance(
-        hidden_D=torch.stack([stack(pattern).sum(0) for pattern in where.hidden]).sum(0).float(),
-        intermediate_LF=stack(where.intermediate).float(),
-        query_heads_LH=heads_LH.float(),
-        key_value_heads_LG=groups_LG.float(),
-        block_influence_L=influence_L.float(),
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        sequence_aggregation=sequence_aggregation,
-        batch_aggregation=batch_aggregation,
-    )
-
-
-_FIELDS = {
-    "hidden": "hidden_D",
-    "intermediate": "intermediate_LF",
-    "query_heads": "query_heads_LH",
-    "key_value_heads": "key_value_heads_LG",
-    "layers.block_influence": "block_influence_L",
-}
-_REMOVAL = {"layers.removal_order": "removal_order", "layers.removal_kl": "removal_kl"}
-_FACTS = {"num_sequences": int, "num_tokens": int, "sequence_aggregation": str, "batch_aggregation": str}
-
-
-def save_importance(path: Path, importance: Importance, teacher: str) -> None:
-    """Write the scores as safetensors; `teacher` is the fingerprint of the folder they belong to."""
-    tensors = {name: getattr(importance, field).contiguous() for name, field in _FIELDS.items()}
-    if importance.removal_order is not None and importance.removal_kl is not None:
-        tensors["layers.removal_order"] = importance.removal_order.to(torch.int32)
-        tensors["layers.removal_kl"] = importance.removal_kl.float()
-    facts = {name: getattr(importance, name) for name in _FACTS}
-    header = {"format_version": FORMAT_VERSION, "criterion": "minitron", "teacher": teacher, **facts}
-    save_tensors(path, tensors, {"importance": json.dumps(header, sort_keys=True)})
-
-
-def load_importance(path: Path, shape: Shape, teacher: str) -> Importance:
-    """Read the scores and check that they are whole, finite, and of this teacher; ArtifactError otherwise."""
-    again = "delete the score folder and run stage=score again"
-    with open_tensors(path) as reader:
-        try:
-            header = json.loads((reader.metadata() or {})["importance"])
-            version, owner = header["format_version"], header["teacher"]
-            facts = {name: kind(header[name]) for name, kind in _FACTS.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is not a file of scores (header: {error!r}); {again}") from None
-        if version != FORMAT_VERSION:
-            raise ArtifactError(f"{path} has format_version={version}, this release reads {FORMAT_VERSION}; {again}")
-        if owner != teacher:
-            raise ArtifactError(f"{path} was scored on another teacher ({owner[:12]}, not {teacher[:12]}); {again}")
-        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
-    layers = shape.num_hidden_layers
-    expected = {
-        "hidden": (shape.hidden_size,),
-        "intermediate": (layers, shape.intermediate_size),
-        "query_heads": (layers, shape.num_attention_heads),
-        "key_value_heads": (layers, shape.num_key_value_heads),
-        "layers.block_influence": (layers,),
-    }
-    if set(tensors) - set(_REMOVAL) != set(expected) or len(set(tensors) & set(_REMOVAL)) == 1:
-        raise ArtifactError(f"{path} holds {sorted(tensors)}, expected {sorted(expected)}; {again}")
-    for name, size in expected.items():
-        if tuple(tensors[name].shape) != size:
-            raise ArtifactError(
-                f"{path}: {name} has size {tuple(tensors[name].shape)}, the teacher's is {size}; {again}"
-            )
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ArtifactError(f"{path}: {name} holds values that are not finite; {again}")
-    importance = Importance(**{_FIELDS[name]: tensors[name] for name in expected}, **facts)
-    if "layers.removal_order" in tensors:
-        order, kl = tensors["layers.removal_order"].long(), tensors["layers.removal_kl"]
-        listed = order.tolist()
-        if order.shape != kl.shape or len(set(listed)) != len(listed) or not set(listed) < set(range(layers)):
-            raise ArtifactError(f"{path}: layers.removal_order={listed} is no order of distinct layers; {again}")
-        importance = replace(importance, removal_order=order, removal_kl=kl)
-    return importance
-
-
-def removal_cost(importance: Importance) -> tuple[list[int], list[float]]:
-    """(layers in the order of their removal, damage once the first n are gone).
-
-    By the greedy order where there is one, damage in nats per token; else by block influence, damage its sum.
-    """
-    if importance.removal_order is not None and importance.removal_kl is not None:
-        return importance.removal_order.tolist(), importance.removal_kl.tolist()
-    influence_L = importance.block_influence_L
-    order = influence_L.argsort(stable=True)[:-1]
-    cost = influence_L[order].double().cumsum(0).tolist()
-    assert all(math.isfinite(c) for c in cost)
-    return order.tolist(), cost
+    weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
+    return listener.finish(list(layers) if weighted else None, shape, parsed)

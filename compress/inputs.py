@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.config import CompressConfig, DepthCriterion
+from compress.config import CompressConfig
+from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import teacher_folder
+from compress.multiple_choice import Item, read_items
 from compress.tokens import TokenSet
 
 
@@ -26,11 +28,17 @@ def student_of(config: CompressConfig, run_dir: Path) -> Path:
 def check_calibration(config: CompressConfig, tokens: TokenSet) -> None:
     """Raise ConfigError when the calibration set has fewer sequences than the scores ask for."""
     wanted = {"score.num_sequences": config.score.num_sequences}
-    if config.score.depth == DepthCriterion.greedy_kl:
-        wanted["score.greedy_sequences"] = config.score.greedy_sequences
+    if any(criterion.is_measured and not criterion.startswith("task") for criterion in config.score.depth):
+        wanted["score.depth_sequences"] = config.score.depth_sequences
     for key, value in wanted.items():
         if value > tokens.num_sequences:
             raise ConfigError(
                 f"{key}={value}, but data.calibration gives only {tokens.num_sequences} sequences of "
                 f"{tokens.sequence_length} tokens; give more text or set {key}={tokens.num_sequences}"
             )
+
+
+def task_items(config: CompressConfig) -> list[Item]:
+    """The items by which the depth criteria `task*` judge. Raises ConfigError for a file that has none or bad ones."""
+    path = Path(resolve(config.score.task_path, Path(config.cache_dir).expanduser())).expanduser()
+    return read_items(path, "score.task_path", config.score.task_items)

@@ -10,6 +10,7 @@ import torch
 
 from compress.config import CompressConfig
 from compress.embedded import resolve
+from compress.multiple_choice import PROMPT
 
 
 def multiple_choice(config: CompressConfig, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
@@ -27,7 +28,7 @@ def multiple_choice(config: CompressConfig, folder: Path, dtype: torch.dtype) ->
         "dataset_kwargs": {"data_files": {"validation": str(items)}},
         "validation_split": "validation",
         "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_text": PROMPT.replace("{", "{{").replace("}", "}}"),
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{label}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],

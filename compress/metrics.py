@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from compress.errors import NumericalError
+from compress.models import output_head
+from compress.objectives import soft_cap_
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -74,7 +76,8 @@ def language_modelling(
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_CD: Tensor) -> Tensor:
-    return torch.log_softmax((hidden_CD @ model.lm_head.weight.T).float(), -1)
+    head = output_head(model)
+    return torch.log_softmax(soft_cap_(hidden_CD @ head.weight_VD.T, head.softcap).float(), -1)
 
 
 @torch.inference_mode()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -18,19 +20,44 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns final hidden states into logits: the weight (V, D), and the soft cap where the family has one."""
+
+    weight_VD: Tensor
+    softcap: float | None = None
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return OutputHead(model.get_output_embeddings().weight, None if cap is None else float(cap))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, whatever the family calls their parent."""
+    layers: Any = model.base_model.layers
+    return layers
+
+
+def set_decoder_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+    model.base_model.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+
+
 def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a folder; every tensor found, none left over, none of another size.
 
     Raises ArtifactError, naming the tensors, where transformers would only warn and go on with random weights.
     """
+    # The grouped kernels of mixtures know no float64, which only proofs use.
+    exact = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **exact,
         )
     except Exception as error:  # whatever a damaged config or shard makes transformers stumble over
         raise ArtifactError(

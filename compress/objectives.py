@@ -53,6 +53,11 @@ def _forward_kl_(student_CV: Tensor, teacher_CV: Tensor, temperature: float, nee
     return loss_C
 
 
+def soft_cap_(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), in place; the logits themselves where there is no cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
 class _ChunkedForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,6 +68,8 @@ class _ChunkedForwardKL(torch.autograd.Function):
         teacher_head_VE: Tensor,
         temperature: float,
         chunk_tokens: int,
+        student_softcap: float | None,
+        teacher_softcap: float | None,
     ) -> Tensor:
         accumulate = torch.promote_types(student_ND.dtype, torch.float32)
         loss = torch.zeros((), dtype=accumulate, device=student_ND.device)
@@ -71,9 +78,12 @@ class _ChunkedForwardKL(torch.autograd.Function):
         grad_VD: Tensor | None = None
         for start in range(0, student_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            student_CV = student_ND[chunk] @ student_head_VD.T
-            teacher_CV = teacher_NE[chunk] @ teacher_head_VE.T
+            student_CV = soft_cap_(student_ND[chunk] @ student_head_VD.T, student_softcap)
+            teacher_CV = soft_cap_(teacher_NE[chunk] @ teacher_head_VE.T, teacher_softcap)
+            slope_CV = None if student_softcap is None else 1 - (student_CV / student_softcap).square_()
             loss += _forward_kl_(student_CV, teacher_CV, temperature, need_hidden or need_head).sum()
+            if slope_CV is not None:
+                student_CV *= slope_CV
             if grad_ND is not None:
                 grad_ND[chunk] = student_CV @ student_head_VD
             if need_head:
@@ -95,7 +105,7 @@ class _ChunkedForwardKL(torch.autograd.Function):
         return (
             None if grad_ND is None else grad_ND.mul_(scale),
             None if grad_VD is None else grad_VD.mul_(scale),
-            *[None] * 4,
+            *[None] * 6,
         )
 
 
@@ -107,6 +117,8 @@ def distillation_loss(
     *,
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> Tensor:
     """KL(teacher || student) in nats, summed over the N tokens given; not multiplied by temperature**2.
 
@@ -118,12 +130,20 @@ def distillation_loss(
         teacher_hidden, teacher_head: (N, E) and (V, E); no gradient is formed for them.
         temperature: both distributions are softmax(logits / temperature).
         chunk_tokens: tokens per matrix product; 2 * chunk_tokens * V elements is the extra memory.
+        student_softcap, teacher_softcap: c where the model's logits are c * tanh(logits / c), as Gemma 2's.
 
     Returns:
         a scalar in float32 (float64 for float64 inputs). With N = 0 it is 0 and its gradients are zeros, so that a
         batch without loss tokens still takes part in every collective.
     """
     loss: Tensor = _ChunkedForwardKL.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_tokens
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        temperature,
+        chunk_tokens,
+        student_softcap,
+        teacher_softcap,
     )
     return loss

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from compress.errors import ConfigError
+from compress.models import decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def check_compiler() -> None:
 
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile each decoder layer, in place, on its first call: they share one graph, so under a minute in all."""
-    for layer in model.model.layers:
+    for layer in decoder_layers(model):
         layer.compile()
 
 

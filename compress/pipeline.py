@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import checkpoint, distill, evaluate, export, prune, score, tokenize
+from compress import checkpoint, distill, evaluate, export, prune, score, selftest, tokenize
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
@@ -29,10 +29,11 @@ from compress.artifacts import (
     run_lock,
     write_json,
 )
-from compress.config import CompressConfig, DepthCriterion, Stage, set_name
+from compress.config import CompressConfig, Stage, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
+from compress.families import add_families
 from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable
@@ -72,8 +73,8 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.score: StageEntry(
         score.run,
         (Stage.tokenize,),
-        ("compute_dtype", "score.num_sequences", "score.sequence_aggregation", "score.batch_aggregation",
-         "score.weighted", "score.depth", "score.greedy_sequences", "score.max_removed_layers"),
+        ("compute_dtype", "score.num_sequences", "score.width", "score.depth", "score.depth_sequences",
+         "score.task_path", "score.task_items", "score.max_removed_layers"),
         lambda _: "score",
     ),
     Stage.prune: StageEntry(
@@ -107,6 +108,11 @@ def run(config: CompressConfig) -> None:
         _print(status(config))
         return
     refuse_several_ranks()
+    if config.architecture.table:
+        add_families(Path(config.architecture.table).expanduser())
+    if config.stage is Stage.selftest:
+        _print(selftest.run(config))
+        return
     _check_places(config)
     chosen = _chosen(config)
     expected = expectations(config)
@@ -116,6 +122,7 @@ def run(config: CompressConfig) -> None:
         export.preflight(config, run_dir, training=Stage.distill in todo)
     if set(todo) - {Stage.export}:
         prune.preflight(config)
+        score.preflight(config)
         if Stage.evaluate in todo:
             evaluate.preflight(config)
         _check_models(config)
@@ -229,6 +236,9 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
     teacher_fingerprint = fingerprint_path(teacher)
     for stage in (Stage.score, Stage.prune, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
+    if config.architecture.table:
+        for stage in (Stage.score, Stage.prune):
+            files[stage]["architecture.table"] = fingerprint_path(Path(config.architecture.table).expanduser())
     if config.distill.init_from:
         student = Path(config.distill.init_from).expanduser()
         if not student.is_dir():
@@ -237,8 +247,8 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
     result: dict[Stage, dict[str, Any]] = {}
     for stage, entry in STAGES.items():
         reads = entry.reads
-        if stage is Stage.score and config.score.depth is DepthCriterion.greedy_kl:
-            reads += ("prune.num_hidden_layers", "prune.removed_layers")  # they say how far it goes
+        if stage is Stage.score and any(criterion.is_measured for criterion in config.score.depth):
+            reads += ("prune.num_hidden_layers",)  # it says how far they go
         settings = {key: _look_up(plain, key) for key in reads}
         upstream = {
             before.value: result[before]["fingerprint"]

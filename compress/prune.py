@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 
-from compress.architecture import EMBEDDING, PRUNABLE, ModelInfo, Shape, check_shape, num_parameters, with_sizes
+from compress.architecture import ModelInfo, check_shape, num_parameters, with_sizes
 from compress.artifacts import building_folder, fingerprint_path, replace_contents, save_tensors, write_json
 from compress.compensation import compensated_weights
-from compress.config import CompressConfig, DepthCriterion
+from compress.config import CompressConfig
+from compress.contract import check_student
 from compress.depth import removal_reach
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ConfigError
+from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
-from compress.importance import Importance, load_importance
 from compress.inputs import teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
+from compress.scores import Importance, load_importance
 from compress.search import Candidate, Grid, enumerate_shapes, rank
 from compress.slicing import Kept, select, slice_checkpoint
 from compress.tokens import TokenSet
@@ -48,12 +50,6 @@ def preflight(config: CompressConfig) -> None:
         _given_shape(config, info)
     else:
         enumerate_shapes(info, _grid(config, info))
-    if config.score.depth == DepthCriterion.greedy_kl:
-        _reach(config, info)
-
-
-def _reach(config: CompressConfig, info: ModelInfo) -> int:
-    return removal_reach(info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers)
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -66,11 +62,13 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     if config.prune.max_parameters is None:
         shape = _given_shape(config, info)
     else:
-        candidates = rank(enumerate_shapes(info, _grid(config, info, importance)), importance, info.shape)
+        shapes = enumerate_shapes(info, _grid(config, info, importance))
+        candidates = rank(shapes, importance, info.shape, config.prune.width_criterion, config.prune.depth_criterion)
         shape = candidates[0].shape
         check_shape(info, shape, config.shape.multiple_of)
         log.info("%d legal shapes within the budget; best predicted: %s", len(candidates), _sizes(shape))
-    kept = select(importance, shape, removed)
+    width, depth = config.prune.width_criterion, config.prune.depth_criterion
+    kept = select(importance, shape, removed, width=width, depth=depth)
     replaced = _compensate(config, run_dir, info, kept) if config.prune.compensate else None
     gone = sorted(set(range(info.shape.num_hidden_layers)) - set(kept["layers"].tolist()))
     building = run_dir / ".prune"
@@ -80,8 +78,10 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             save_tensors(
                 folder / KEPT, kept, {"kept": json.dumps({"format_version": 1, "teacher": asdict(info.shape)})}
             )
-            _verify(folder, info, shape, config.teacher.trust_remote_code)
-            write_json(folder / REPORT, _report(config, info, importance, shape, gone, candidates))
+            contract = check_student(folder, info, kept, replaced, config.teacher.trust_remote_code)
+            _log_engines(contract["engines"])
+            report = _report(config, info, importance, shape, gone, candidates)
+            write_json(folder / REPORT, {**report, "contract": contract})
         replace_contents(building, run_dir / "prune")
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -132,7 +132,7 @@ def _given_shape(config: CompressConfig, info: ModelInfo) -> Shape:
     if shape == info.shape:
         raise ConfigError(
             "prune.* leaves the teacher as it is; set one of "
-            f"{', '.join(f'prune.{name}' for name in PRUNABLE)}, or prune.max_parameters"
+            f"{', '.join(f'prune.{name}' for name in info.family.prunable)}, or prune.max_parameters"
         )
     return shape
 
@@ -140,11 +140,13 @@ def _given_shape(config: CompressConfig, info: ModelInfo) -> Shape:
 def _grid(config: CompressConfig, info: ModelInfo, importance: Importance | None = None) -> Grid:
     """The search's bounds. Greedy scores end somewhere: before scoring that is known from the settings."""
     assert config.prune.max_parameters is not None
-    reach = None
+    layers = info.shape.num_hidden_layers
     if importance is not None:
-        reach = None if importance.removal_order is None else len(importance.removal_order)
-    elif config.score.depth == DepthCriterion.greedy_kl:
-        reach = _reach(config, info)
+        reach = len(importance.depth(config.prune.depth_criterion).removed)
+    else:
+        chosen = config.prune.depth_criterion or config.score.depth[0]
+        wanted, furthest = config.prune.num_hidden_layers, config.score.max_removed_layers
+        reach = removal_reach(layers, wanted, furthest) if chosen.is_measured else layers - 1
     return Grid(
         max_parameters=int(config.prune.max_parameters),
         min_parameters_ratio=config.shape.min_parameters_ratio,
@@ -156,21 +158,14 @@ def _grid(config: CompressConfig, info: ModelInfo, importance: Importance | None
     )
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _verify(folder: Path, info: ModelInfo, shape: Shape, trust_remote_code: bool) -> None:
-    """The folder must load strictly, in our reading and in transformers', with the parameters that were promised."""
-    assert read_model(folder, trust_remote_code).shape == shape
-    dtype = _DTYPES[info.tensors[EMBEDDING].dtype]
-    model = load_model(folder, dtype, trust_remote_code)
-    found, promised = sum(p.numel() for p in model.parameters()), num_parameters(info, shape)
-    if found != promised:
-        raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
+def _log_engines(engines: dict[str, dict[str, Any]]) -> None:
+    for engine in engines.values():
+        reason = f": {'; '.join(engine['why'])}" if engine["why"] else ""
+        log.info("sizes for %s: %s%s", engine["title"], engine["runs"], reason)
 
 
 def _sizes(shape: Shape) -> str:
-    return " ".join(f"{name}={getattr(shape, name)}" for name in PRUNABLE)
+    return " ".join(f"{name}={getattr(shape, name)}" for name in PRUNABLE if getattr(shape, name))
 
 
 def _report(
@@ -189,6 +184,7 @@ def _report(
         "kept_parameters_ratio": after / before,
         "removed_layers": list(removed),
         "compensated": config.prune.compensate,
+        "width_criterion": config.prune.width_criterion or next(iter(importance.widths)),
         "choices": _choices(config, info, importance, shape, candidates is not None),
     }
     if candidates is not None:
@@ -212,7 +208,7 @@ def _choices(
     """For each size, where it comes from, and for the layers, by what they were chosen."""
     given = given_sizes(config)
     choices = {}
-    for name in PRUNABLE:
+    for name in info.family.prunable:
         value, teacher = getattr(shape, name), getattr(info.shape, name)
         if name in given:
             choices[name] = f"given: prune.{name}={value}"
@@ -220,7 +216,8 @@ def _choices(
             choices[name] = f"best predicted within prune.max_parameters={config.prune.max_parameters:,.0f}"
         else:
             choices[name] = "the teacher's"
-        if searched and name in ("hidden_size", "intermediate_size") and name not in given and value != teacher:
+        widths = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+        if searched and name in widths and name not in given and value != teacher:
             choices[name] += f", a multiple of shape.multiple_of={config.shape.multiple_of}"
         if name == "hidden_size" and info.family.hidden_divisible_by_heads and value != teacher:
             choices[name] += (
@@ -229,6 +226,6 @@ def _choices(
     if config.prune.removed_layers is not None:
         choices["num_hidden_layers"] = f"given: prune.removed_layers={config.prune.removed_layers}"
     elif shape.num_hidden_layers != info.shape.num_hidden_layers:
-        by = "lowest block influence" if importance.removal_order is None else "lowest KL to the teacher, one at a time"
+        by = config.prune.depth_criterion or next(iter(importance.depths))
         choices["num_hidden_layers"] += f"; layers removed by {by}"
     return choices

@@ -1,28 +1,34 @@
-"""Stage score: importance of every prunable unit on calibration text, and with depth=greedy_kl the order of layers."""
+"""Stage score: importance of every prunable unit by the criteria asked for, from the same calibration text."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo
 from compress.artifacts import fingerprint_path, write_json
 from compress.config import CompressConfig, DepthCriterion
-from compress.depth import LayerRemoval, greedy_layer_removal, removal_reach
+from compress.criteria import AGGREGATED, Criterion, parse_criterion
+from compress.depth import rank_layers, rank_layers_by_task, removal_reach
 from compress.errors import ConfigError
 from compress.folders import read_model
-from compress.importance import estimate_importance, save_importance
-from compress.inputs import check_calibration, teacher_of
-from compress.models import load_model
+from compress.gradients import estimate_taylor, weight_magnitude
+from compress.importance import estimate_importance
+from compress.inputs import check_calibration, task_items, teacher_of
+from compress.models import load_model, load_tokenizer
+from compress.multiple_choice import encode_choices
 from compress.parallel import resolve_dtype
 from compress.progress import track
+from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
 from compress.tokens import TokenBatch, TokenSet
 
 log = logging.getLogger(__name__)
@@ -33,9 +39,75 @@ REPORT = "report.json"
 SKIP_SHARE = 0.5
 
 
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text."""
+    trust = config.teacher.trust_remote_code
+    info = read_model(teacher_of(config), trust)
+    tokens = _calibration(config, run_dir, info)
+    model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
+    model.eval().requires_grad_(False)
+    criteria = [parse_criterion(text) for text in config.score.width]
+    started = time.monotonic()
+    importance = _activations(config, model, tokens, criteria)
+    seconds = {"activation": time.monotonic() - started}
+    widths = dict(importance.widths)
+    for criterion in criteria:
+        began = time.monotonic()
+        if criterion.kind == "taylor":
+            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"))
+        elif criterion.kind == "weight_magnitude":
+            widths[str(criterion)] = weight_magnitude(info)
+        else:
+            continue
+        seconds[str(criterion)] = time.monotonic() - began
+    depths, facts = {}, {}
+    for depth in config.score.depth:
+        began = time.monotonic()
+        depths[str(depth)], facts[str(depth)] = _depth(config, info, model, tokens, importance, depth)
+        seconds[str(depth)] = time.monotonic() - began
+    # In the order of the settings: the first of each is what pruning goes by when it isn't told.
+    importance = replace(importance, widths={str(c): widths[str(c)] for c in criteria}, depths=depths)
+    save_importance(run_dir / "score" / IMPORTANCE, importance, fingerprint_path(info.folder))
+    agreement = {axis: _agreement(importance, axis) for axis in importance.width()}
+    report: dict[str, Any] = {
+        "num_sequences": importance.num_sequences,
+        "num_tokens": importance.num_tokens,
+        "block_influence": importance.block_influence_L.tolist(),
+        "rank_correlation": agreement,
+        "depth": {name: {"removed": d.removed, "cost": d.cost, **facts[name]} for name, d in depths.items()},
+        "seconds": seconds,
+    }
+    for name, found in depths.items():
+        if found.removed:
+            log.info("depth by %s: layers %s (%.3f)", name, found.of(len(found.removed)), found.cost[-1])
+    write_json(run_dir / "score" / REPORT, report)
+
+
+def preflight(config: CompressConfig) -> None:
+    """Raise ConfigError for criteria that this teacher or these settings can't give. Reads no weights."""
+    info = read_model(teacher_of(config), config.teacher.trust_remote_code)
+    for criterion in config.score.depth:
+        if criterion.is_measured:
+            _reach(config, info)
+    if any(criterion.startswith("task") for criterion in config.score.depth):
+        task_items(config)
+
+
 def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:
     """That many sequences, evenly spread over all calibration sources, a micro-batch at a time."""
     return (tokens.batch(group) for group in tokens.spread(num_sequences, micro_batch_size))
+
+
+def _tracked(config: CompressConfig, tokens: TokenSet, what: str) -> Iterator[TokenBatch]:
+    """score.num_sequences of calibration text, with a progress bar."""
+    count, size = config.score.num_sequences, config.score.micro_batch_size
+    return track(
+        _batches(tokens, count, size),
+        f"scoring {count} sequences, {what}",
+        -(-count // size),
+        "tok",
+        lambda batch: batch.input_ids.numel(),
+    )
 
 
 def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> TokenSet:
@@ -49,69 +121,80 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> Toke
     return tokens
 
 
-def _greedy(config: CompressConfig, info: ModelInfo, model: PreTrainedModel, tokens: TokenSet) -> LayerRemoval | None:
-    """None when depth isn't measured so, or the layers to remove are given by hand."""
-    if config.score.depth != DepthCriterion.greedy_kl or config.prune.removed_layers is not None:
-        return None
-    num_remove = removal_reach(
-        info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers
-    )
-    if num_remove == 0:
-        return None
-    return greedy_layer_removal(
-        model,
-        list(_batches(tokens, config.score.greedy_sequences, config.score.micro_batch_size)),
-        num_remove,
-        skip_share=SKIP_SHARE,
-        progress=lambda trials, total: track(trials, f"removing {num_remove} layers by KL", total, "trial"),
-    )
+def _activations(
+    config: CompressConfig, model: PreTrainedModel, tokens: TokenSet, criteria: Sequence[Criterion]
+) -> Importance:
+    """One forward pass; it runs for block influence also where no activation criterion is asked for."""
+    wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
+    similarity = DepthCriterion.block_cosine in config.score.depth
+    return estimate_importance(model, _tracked(config, tokens, "activations"), wanted, similarity=similarity)
 
 
-def run(config: CompressConfig, run_dir: Path) -> None:
-    """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text."""
-    folder = teacher_of(config)
-    info = read_model(folder, config.teacher.trust_remote_code)
-    tokens = _calibration(config, run_dir, info)
-    model = load_model(folder, resolve_dtype(config.compute_dtype), config.teacher.trust_remote_code)
-    model.eval().requires_grad_(False)
-    size = config.score.micro_batch_size
-    batches = -(-config.score.num_sequences // size)
-    started = time.monotonic()
-    importance = estimate_importance(
-        model,
-        track(
-            _batches(tokens, config.score.num_sequences, size),
-            f"scoring {config.score.num_sequences} sequences",
-            batches,
-            "tok",
-            lambda batch: batch.input_ids.numel(),
-        ),
-        sequence_aggregation=config.score.sequence_aggregation.value,
-        batch_aggregation=config.score.batch_aggregation.value,
-        weighted=config.score.weighted,
-    )
-    scored = time.monotonic()
-    removal = _greedy(config, info, model, tokens)
-    if removal is not None:
-        importance = replace(importance, removal_order=torch.tensor(removal.order), removal_kl=torch.tensor(removal.kl))
-    save_importance(run_dir / "score" / IMPORTANCE, importance, fingerprint_path(folder))
-    report: dict[str, Any] = {
-        "num_sequences": importance.num_sequences,
-        "num_tokens": importance.num_tokens,
-        "sequence_aggregation": importance.sequence_aggregation,
-        "batch_aggregation": importance.batch_aggregation,
-        "weighted": config.score.weighted,
-        "block_influence": importance.block_influence_L.tolist(),
-        "importance_seconds": scored - started,
-    }
-    if removal is not None:
-        report["greedy"] = {
-            "removed_layers": removal.order,
-            "kl_nats_per_token": removal.kl,
-            "num_trials": removal.num_trials,
-            "num_sequences": config.score.greedy_sequences,
-            "seconds": time.monotonic() - scored,
-        }
-        steps = zip(removal.order, removal.kl, strict=True)
-        log.info("layers by KL once they are gone: %s", ", ".join(f"{layer} ({kl:.3f})" for layer, kl in steps))
-    write_json(run_dir / "score" / REPORT, report)
+def _reach(config: CompressConfig, info: ModelInfo) -> int:
+    return removal_reach(info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers)
+
+
+def _depth(
+    config: CompressConfig,
+    info: ModelInfo,
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    importance: Importance,
+    criterion: DepthCriterion,
+) -> tuple[LayerRemovals, dict[str, Any]]:
+    """What to remove by one criterion, and what the report says of how it was found."""
+    if criterion is DepthCriterion.block_influence:
+        return importance.depths["block_influence"], {}
+    if criterion is DepthCriterion.block_cosine:
+        assert importance.similarity_SS is not None
+        return by_similarity(importance.similarity_SS), {}
+    reach = _reach(config, info)
+
+    def progress(trials: Iterator[Any], total: int) -> Iterator[Any]:
+        return track(trials, f"removing {reach} layers by {criterion}", total, "trial")
+
+    if criterion.startswith("task"):
+        tokenizer = load_tokenizer(info.folder, config.teacher.trust_remote_code)
+        items = task_items(config)
+        found = encode_choices(tokenizer, items, config.score.micro_batch_size, config.data.sequence_length)
+        removal = rank_layers_by_task(
+            model, found.batches, found.choice_of_row, found.item_of_choice, found.right, reach, criterion,
+            progress=progress,
+        )  # fmt: skip
+        return removal, {"num_trials": removal.num_trials, "num_items": len(items)}
+    batches = list(_batches(tokens, config.score.depth_sequences, config.score.micro_batch_size))
+    removal = rank_layers(model, batches, reach, criterion, skip_share=SKIP_SHARE, progress=progress)
+    return removal, {"num_trials": removal.num_trials, "num_sequences": config.score.depth_sequences}
+
+
+def _agreement(importance: Importance, axis: str) -> dict[str, float]:
+    """Spearman's rank correlation of each criterion with the first one, mean over layers."""
+    names = list(importance.widths)
+    first = _ranks(importance.widths[names[0]][axis])
+    return {name: float(_correlation(first, _ranks(importance.widths[name][axis])).mean()) for name in names[1:]}
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    return scores.double().argsort(-1).argsort(-1).double()
+
+
+def _correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson's along the last dimension; nan-free: 0 where one is constant."""
+    one, other = (ranks - ranks.mean(-1, keepdim=True) for ranks in (one, other))
+    below = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
+    return (one * other).sum(-1) / below.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def table(config: CompressConfig, report: dict[str, Any]) -> Table:
+    """How far the width criteria agree with the first one, and what each depth criterion would remove."""
+    result = Table(title="criteria", title_justify="left")
+    result.add_column("criterion")
+    result.add_column("agrees with the first on (rank correlation), or removes")
+    names = [str(parse_criterion(text)) for text in config.score.width]
+    for name in names[1:]:
+        found = {axis: row[name] for axis, row in report["rank_correlation"].items()}
+        result.add_row(name, ", ".join(f"{axis} {value:.2f}" for axis, value in found.items()))
+    for name, found in report["depth"].items():
+        if found["removed"]:
+            result.add_row(name, f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}")
+    return result

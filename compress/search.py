@@ -11,10 +11,11 @@ from math import ceil, lcm
 import torch
 from torch import Tensor
 
-from compress.architecture import PRUNABLE, ModelInfo, Shape, check_shape, num_parameters, with_sizes
+from compress.architecture import ModelInfo, check_shape, num_parameters, with_sizes
 from compress.errors import ConfigError
-from compress.importance import Importance, removal_cost
-from compress.slicing import select
+from compress.families import PRUNABLE, Shape
+from compress.scores import Importance, Widths
+from compress.slicing import select_heads
 
 MAX_CHOICES = 32  # of one axis: a large model's grid gets coarser instead of longer
 
@@ -123,22 +124,44 @@ def _describe(shape: Shape, teacher: Shape) -> str:
 
 
 def _open_shapes(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> Iterator[list[Shape]]:
-    """For every choice of the other axes, the shapes over all intermediate sizes, ascending."""
+    """For every choice of the other axes, the shapes over all intermediate (or expert) sizes, ascending."""
     teacher = info.shape
-    intermediates = _widths("intermediate_size", teacher.intermediate_size, grid.multiple_of, grid, fixed)
+    last = "intermediate_size" if teacher.intermediate_size else "moe_intermediate_size"
+    widths = _widths(last, getattr(teacher, last), grid.multiple_of, grid, fixed)
     for heads, groups in _heads(teacher, grid, fixed):
-        step = lcm(grid.multiple_of, heads) if info.family.hidden_divisible_by_heads else grid.multiple_of
-        for hidden in _widths("hidden_size", teacher.hidden_size, step, grid, fixed):
-            if info.family.hidden_divisible_by_heads and hidden % heads:
-                continue  # the teacher's own or a given hidden size with pruned heads
+        for hidden in _hidden(info, heads, grid, fixed):
             for layers in _layers(teacher, grid, fixed):
-                sizes = {
-                    "hidden_size": hidden,
-                    "num_hidden_layers": layers,
-                    "num_attention_heads": heads,
-                    "num_key_value_heads": groups,
-                }
-                yield [with_sizes(teacher, {**sizes, "intermediate_size": width}) for width in intermediates]
+                for experts in _experts(info, grid, fixed):
+                    sizes = {
+                        "hidden_size": hidden,
+                        "num_hidden_layers": layers,
+                        "num_attention_heads": heads,
+                        "num_key_value_heads": groups,
+                        "num_experts": experts,
+                    }
+                    yield [with_sizes(teacher, {**sizes, last: width}) for width in widths]
+
+
+def _hidden(info: ModelInfo, heads: int, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
+    """Hidden sizes that are legal with so many heads."""
+    teacher, divisible = info.shape, info.family.hidden_divisible_by_heads
+    if info.family.locked:
+        locked = heads * teacher.head_dim
+        legal = locked == teacher.hidden_size or locked % grid.multiple_of == 0
+        return [locked] if legal and fixed.get("hidden_size", locked) == locked else []
+    step = lcm(grid.multiple_of, heads) if divisible else grid.multiple_of
+    found = _widths("hidden_size", teacher.hidden_size, step, grid, fixed)
+    return [hidden for hidden in found if not divisible or hidden % heads == 0]
+
+
+def _experts(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
+    """Numbers of experts down to what a token is routed to; 0 in a dense model."""
+    total = info.shape.num_experts
+    if not total or "num_experts" in fixed:
+        return [fixed.get("num_experts", 0)]
+    lowest = max(info.parsed.num_experts_per_tok, ceil(total * (1 - grid.max_width_pruning)))
+    stride = max(1, ceil((total - lowest) / MAX_CHOICES))
+    return list(range(total, lowest - 1, -stride))
 
 
 def _widths(name: str, size: int, step: int, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
@@ -183,7 +206,13 @@ def _heads(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[tuple[i
     return found[::-1][::stride]  # the teacher's own always stays
 
 
-def rank(shapes: Sequence[tuple[Shape, int]], importance: Importance, teacher: Shape) -> list[Candidate]:
+def rank(
+    shapes: Sequence[tuple[Shape, int]],
+    importance: Importance,
+    teacher: Shape,
+    width: str | None = None,
+    depth: str | None = None,
+) -> list[Candidate]:
     """Candidates by predicted damage, least first. An order for choosing what to try, not a forecast of the loss.
 
     Everything is put on one scale, the share of the residual stream's direction that is lost:
@@ -191,37 +220,44 @@ def rank(shapes: Sequence[tuple[Shape, int]], importance: Importance, teacher: S
     * layers: a removed layer turns the stream by its block influence BI = 1 - cos, which for small angles is half
       the relative energy of what the layer adds.
     * intermediate, heads: of a kept layer a share of that energy is lost. With e the share of squared importance that
-      is dropped (attention and MLP taken as equal halves): BI * (e_heads + e_intermediate) / 2.
+      is dropped (attention and MLP taken as equal halves): BI * (e_heads + e_intermediate) / 2. In a mixture a unit
+      is kept where its expert and it in its expert are.
     * hidden: dropping channels with the share e of squared importance turns the stream itself by
       1 - sqrt(1 - e), and every kept layer reads a stream that lacks e, so adds BI * e.
 
-    With a greedy removal the layers' part is the measured KL, in nats; the other parts are then scaled by the KL per
-    block influence of the first removed layer (the smallest disturbance, where KL is proportional to lost energy).
+    With another depth criterion than block influence the layers' part is its measured damage; the other parts are
+    then scaled by the damage per block influence of the first removed layer (the smallest disturbance, where damage
+    is proportional to lost energy).
     """
-    order, cost = removal_cost(importance)
-    scale = 1.0
+    scores, removals = importance.width(width), importance.depth(depth)
     influence_L = importance.block_influence_L.double().clamp(min=0)
-    if importance.removal_kl is not None and order:
-        scale = max(cost[0], 1e-12) / max(float(influence_L[order[0]]), 1e-12)
-    hidden_kept = _kept_share(importance.hidden_D)
-    intermediate_kept_LF = _kept_share(importance.intermediate_LF)
+    scale = 1.0
+    if removals.removed:
+        scale = max(removals.cost[0], 1e-12) / max(float(influence_L[removals.removed[0][0]]), 1e-12)
+    hidden_kept = _kept_share(scores["hidden"])
+    units_kept = {axis: _kept_share(scores[axis]) for axis in ("intermediate", "experts", "expert_intermediate")
+                  if axis in scores}  # fmt: skip
     heads_lost: dict[tuple[int, int], Tensor] = {}
     candidates = []
     for shape, count in shapes:
-        removed = order[: teacher.num_hidden_layers - shape.num_hidden_layers]
-        assert len(removed) == teacher.num_hidden_layers - shape.num_hidden_layers, "enumerated past the removal order"
+        number = teacher.num_hidden_layers - shape.num_hidden_layers
+        assert number <= len(removals.removed), "enumerated past the depth criterion's reach"
         key = shape.num_attention_heads, shape.num_key_value_heads
         if key not in heads_lost:
-            heads_lost[key] = _heads_lost(importance, teacher, *key)
+            heads_lost[key] = _heads_lost(scores, teacher, *key)
         stays_L = torch.ones(teacher.num_hidden_layers, dtype=torch.bool)
-        stays_L[removed] = False
+        stays_L[removals.of(number)] = False
         kept_influence = influence_L[stays_L]
         hidden_lost = 1 - float(hidden_kept[shape.hidden_size - 1])
-        mlp_lost = 1 - intermediate_kept_LF[stays_L, shape.intermediate_size - 1]
+        if shape.num_experts:
+            inside_L = units_kept["expert_intermediate"][..., shape.moe_intermediate_size - 1].mean(1)
+            mlp_lost_L = 1 - units_kept["experts"][:, shape.num_experts - 1] * inside_L
+        else:
+            mlp_lost_L = 1 - units_kept["intermediate"][:, shape.intermediate_size - 1]
         parts = {
-            "layers": cost[len(removed) - 1] if removed else 0.0,
+            "layers": removals.cost[number - 1] if number else 0.0,
             "hidden": scale * (1 - (1 - hidden_lost) ** 0.5 + hidden_lost * float(kept_influence.sum())),
-            "intermediate": scale * float((kept_influence * mlp_lost).sum()) / 2,
+            "intermediate": scale * float((kept_influence * mlp_lost_L[stays_L]).sum()) / 2,
             "heads": scale * float((kept_influence * heads_lost[key][stays_L]).sum()) / 2,
         }
         candidates.append(Candidate(shape, count, sum(parts.values()), parts))
@@ -234,10 +270,9 @@ def _kept_share(scores: Tensor) -> Tensor:
     return (energy / energy[..., -1:].clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
 
 
-def _heads_lost(importance: Importance, teacher: Shape, heads: int, groups: int) -> Tensor:
+def _heads_lost(scores: Widths, teacher: Shape, heads: int, groups: int) -> Tensor:
     """The share of squared query-head importance that is lost in each of the teacher's layers; (L,)."""
-    shape = with_sizes(teacher, {"num_attention_heads": heads, "num_key_value_heads": groups})
-    kept_LH = select(importance, shape)["query_heads"]
-    energy_LH = importance.query_heads_LH.double().square()
+    kept_LH = select_heads(scores, groups, heads // groups)[1]
+    energy_LH = scores["query_heads"].double().square()
     total_L = energy_LH.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
     return (1 - energy_LH.gather(1, kept_LH).sum(1) / total_L).clamp(min=0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from compress.architecture import (
-    Family,
     ModelInfo,
-    Shape,
+    expert_of,
     layer_of,
+    renumber,
     row_of,
     student_config,
     tensor_shapes,
@@ -26,8 +26,9 @@ from compress.architecture import (
 )
 from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, open_tensors, save_tensors, write_json
 from compress.errors import ConfigError
+from compress.families import AXES, Dimension, Part, Row, Shape
 from compress.folders import read_model
-from compress.importance import Importance, removal_cost
+from compress.scores import Importance, Widths
 
 Kept = Mapping[str, Tensor]
 MAX_SHARD_BYTES = 5_000_000_000
@@ -40,39 +41,61 @@ _TEACHERS_OWN = {"config.json", "params.json", MANIFEST, STARTED, ERROR}
 _FOLDERS = ("additional_chat_templates",)
 
 
-def select(importance: Importance, shape: Shape, removed_layers: Sequence[int] | None = None) -> dict[str, Tensor]:
+def select(
+    importance: Importance,
+    shape: Shape,
+    removed_layers: Sequence[int] | None = None,
+    *,
+    width: str | None = None,
+    depth: str | None = None,
+) -> dict[str, Tensor]:
     """What to keep of each axis for a student of `shape`: sorted int64 indices into the teacher's units.
 
     `layers` (L',), `hidden` (D',), and per kept layer `intermediate` (L', F'), `key_value_heads` (L', G'),
-    `query_heads` (L', H'), of which every kept key-value head keeps equally many (Minitron ranks inside each group).
-    Layers go by `removed_layers` when given, else by the greedy order, else by block influence; ties keep the lower
-    index. Raises ConfigError when the greedy order doesn't reach far enough.
+    `query_heads` (L', H'), of which every kept key-value head keeps equally many (Minitron ranks inside each group);
+    in a mixture `experts` (L', E') and of each kept one `expert_intermediate` (L', E', F') instead of `intermediate`.
+    `width` and `depth` name the criteria, None the first of each; layers go by `removed_layers` when given. Ties keep
+    the lower index. Raises ConfigError when the depth criterion's removals don't reach far enough.
     """
-    layers, groups = importance.key_value_heads_LG.shape
+    scores = importance.width(width)
+    layers = len(scores["query_heads"])
     remove = layers - shape.num_hidden_layers
     if removed_layers is None:
-        order, _ = removal_cost(importance)
-        if len(order) < remove:
+        removals = importance.depth(depth)
+        if len(removals.removed) < remove:
             raise ConfigError(
-                f"prune.num_hidden_layers={shape.num_hidden_layers} removes {remove} layers, but the greedy order of "
-                f"the scores ends after {len(order)}; delete the score folder and run stage=score again"
+                f"prune.num_hidden_layers={shape.num_hidden_layers} removes {remove} layers, but the scores say what "
+                f"to remove up to {len(removals.removed)}; delete the score folder and run stage=score again"
             )
-        removed_layers = order[:remove]
+        removed_layers = removals.of(remove)
     assert len(set(removed_layers)) == remove, (removed_layers, shape)
     gone = set(removed_layers)
     kept_L = torch.tensor([layer for layer in range(layers) if layer not in gone])
-    kept_LG = _top(importance.key_value_heads_LG[kept_L], shape.num_key_value_heads)
-    heads_LGh = importance.query_heads_LH[kept_L].unflatten(1, (groups, -1))  # h: query heads of one group
-    group_size = heads_LGh.shape[2]
-    heads_LGh = heads_LGh.gather(1, kept_LG[..., None].expand(-1, -1, group_size))
-    inside_LGh = _top(heads_LGh, shape.group_size)
-    return {
+    of_kept = {axis: scores[axis][kept_L] for axis in ("key_value_heads", "query_heads")}
+    groups_LG, heads_LH = select_heads(of_kept, shape.num_key_value_heads, shape.group_size)
+    kept = {
         "layers": kept_L,
-        "hidden": _top(importance.hidden_D, shape.hidden_size),
-        "intermediate": _top(importance.intermediate_LF[kept_L], shape.intermediate_size),
-        "key_value_heads": kept_LG,
-        "query_heads": (kept_LG[..., None] * group_size + inside_LGh).flatten(1),
+        "hidden": _top(scores["hidden"], shape.hidden_size),
+        "key_value_heads": groups_LG,
+        "query_heads": heads_LH,
     }
+    if "intermediate" in scores:
+        kept["intermediate"] = _top(scores["intermediate"][kept_L], shape.intermediate_size)
+    if "experts" in scores:
+        kept["experts"] = kept_LE = _top(scores["experts"][kept_L], shape.num_experts)
+        width_LEF = scores["expert_intermediate"][kept_L]
+        width_LEF = width_LEF.gather(1, kept_LE[..., None].expand(-1, -1, width_LEF.shape[2]))
+        kept["expert_intermediate"] = _top(width_LEF, shape.moe_intermediate_size)
+    return kept
+
+
+def select_heads(scores: Widths, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """The best groups (L, G'), and `group_size` best query heads inside each of them (L, G' * group_size)."""
+    groups_LG = _top(scores["key_value_heads"], num_groups)
+    heads_LGh = scores["query_heads"].unflatten(1, (scores["key_value_heads"].shape[1], -1))  # h: of one group
+    teachers = heads_LGh.shape[2]
+    heads_LGh = heads_LGh.gather(1, groups_LG[..., None].expand(-1, -1, teachers))
+    return groups_LG, (groups_LG[..., None] * teachers + _top(heads_LGh, group_size)).flatten(1)
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -82,64 +105,66 @@ def _top(scores: Tensor, count: int) -> Tensor:
 
 def kept_shape(teacher: Shape, kept: Kept) -> Shape:
     """The student's shape."""
-    return with_sizes(
-        teacher,
-        {
-            "hidden_size": len(kept["hidden"]),
-            "intermediate_size": kept["intermediate"].shape[1],
-            "num_hidden_layers": len(kept["layers"]),
-            "num_attention_heads": kept["query_heads"].shape[1],
-            "num_key_value_heads": kept["key_value_heads"].shape[1],
-        },
-    )
+    sizes = {size: kept[axis].shape[-1] for axis, size in AXES.items() if axis in kept}
+    return with_sizes(teacher, {**sizes, "num_hidden_layers": len(kept["layers"])})
 
 
-def _elements(axis: str, layer: int | None, kept: Kept, teacher: Shape) -> Tensor | None:
-    """Indices of the elements kept along an axis of a tensor of the student's `layer`; None: all of them."""
-    if axis in ("vocabulary", "head_dim"):
-        return None
-    if axis == "hidden":
-        units, total = kept["hidden"], teacher.hidden_size
-    else:
-        units = kept[axis][layer]
-        total = {
-            "intermediate": teacher.intermediate_size,
-            "query_heads": teacher.num_attention_heads,
-            "key_value_heads": teacher.num_key_value_heads,
-        }[axis]
-    if torch.equal(units, torch.arange(total)):
-        return None
-    if axis == "intermediate" or axis == "hidden":
-        return units
-    return (units[:, None] * teacher.head_dim + torch.arange(teacher.head_dim)).flatten()
+def kept_elements(
+    dimension: Dimension, layer: int | None, expert: int | None, kept: Kept, teacher: Shape
+) -> Tensor | None:
+    """Indices of the elements kept along a dimension of a tensor of the student's layer and expert; None: all."""
+    pieces, start, whole = [], 0, True
+    for part in dimension:
+        size = part.size(teacher)
+        if part.axis in ("vocabulary", "head_dim"):
+            pieces.append(torch.arange(start, start + size))
+        else:
+            units = kept[part.units]
+            if part.units != "hidden":
+                units = units[layer]
+            if part.units == "expert_intermediate":
+                units = units[expert]
+            each = part.elements_per_unit(teacher)
+            whole = whole and torch.equal(units, torch.arange(size // each))
+            pieces.append((units[:, None] * each + torch.arange(each)).flatten() + start)
+        start += size
+    return None if whole else torch.cat(pieces)
 
 
-def slice_tensor(tensor: Tensor, axes: Sequence[str], layer: int | None, kept: Kept, teacher: Shape) -> Tensor:
-    """The kept part of one tensor of the student's `layer` (None outside the layers); dtype and order stay."""
-    for dimension, axis in enumerate(axes):
-        elements = _elements(axis, layer, kept, teacher)
+def slice_tensor(
+    tensor: Tensor, row: Row, layer: int | None, kept: Kept, teacher: Shape, expert: int | None = None
+) -> Tensor:
+    """The kept part of one tensor of the student's `layer` and `expert` (None outside); dtype and order stay.
+
+    A tensor that holds all experts is cut expert by expert, since each keeps its own units.
+    """
+    if holds_all_experts(row):
+        inner = Row(row.dimensions[1:])
+        experts = kept["experts"][layer].tolist()
+        parts = [slice_tensor(tensor[e], inner, layer, kept, teacher, expert=i) for i, e in enumerate(experts)]
+        return torch.stack(parts)
+    for dimension, axes in enumerate(row.dimensions):
+        elements = kept_elements(axes, layer, expert, kept, teacher)
         if elements is not None:
             tensor = tensor.index_select(dimension, elements.to(tensor.device))
     return tensor.contiguous()
 
 
-def slice_state_dict(state: Mapping[str, Tensor], family: Family, teacher: Shape, kept: Kept) -> dict[str, Tensor]:
-    """The student's state dict, layers renumbered, from the teacher's in memory. A tied head may be in it or not."""
-    sliced = {}
-    for name, tensor in state.items():
-        new = _student_name(name, kept)
-        if new is not None:
-            sliced[new] = slice_tensor(tensor, family.table[row_of(name)], layer_of(new), kept, teacher)
-    return sliced
+def holds_all_experts(row: Row) -> bool:
+    """Whether a tensor stacks what every expert has of its own, so that it is cut expert by expert."""
+    units = any(part.axis == "expert_intermediate" for dimension in row.dimensions for part in dimension)
+    return units and row.dimensions[0] == (Part("experts"),)
 
 
-def _student_name(name: str, kept: Kept) -> str | None:
-    """A tensor's name in the student; None when its layer is removed."""
-    layer = layer_of(name)
-    if layer is None:
-        return name
-    position = (kept["layers"] == layer).nonzero().flatten().tolist()
-    return name.replace(f".{layer}.", f".{position[0]}.", 1) if position else None
+def _source_names(names: Iterable[str], kept: Kept) -> dict[str, str]:
+    """For each of the student's tensor names the teacher's, from which it is cut."""
+    layers = kept["layers"].tolist()
+    found = {}
+    for name in names:
+        layer, expert = layer_of(name), expert_of(name)
+        source = None if expert is None or layer is None else int(kept["experts"][layer, expert])
+        found[name] = renumber(name, None if layer is None else layers[layer], source)
+    return found
 
 
 def slice_checkpoint(
@@ -168,10 +193,7 @@ def slice_checkpoint(
         dst.mkdir(parents=True, exist_ok=True)
     assert not any(dst.iterdir()), f"{dst} isn't empty"
     sizes = tensor_shapes(info.rows, shape)
-    source_of = {}  # student name -> teacher name
-    for name in sizes:
-        layer = layer_of(name)
-        source_of[name] = name if layer is None else name.replace(f".{layer}.", f".{layers[layer]}.", 1)
+    source_of = _source_names(sizes, kept)
     size_bytes = {n: prod(size) * _ITEM_BYTES[info.tensors[source_of[n]].dtype] for n, size in sizes.items()}
     shards: list[list[str]] = [[]]
     used = 0
@@ -194,7 +216,8 @@ def slice_checkpoint(
                 tensor = readers[shard].get_tensor(source_of[name])
                 if replaced and source_of[name] in replaced:
                     tensor = replaced[source_of[name]].to(tensor.dtype)
-                tensors[name] = slice_tensor(tensor, info.rows[row_of(name)], layer_of(name), kept, info.shape)
+                row = info.rows[row_of(name)]
+                tensors[name] = slice_tensor(tensor, row, layer_of(name), kept, info.shape, expert_of(name))
                 assert tuple(tensors[name].shape) == sizes[name], name
                 weight_map[name] = file
             save_tensors(dst / file, tensors, {"format": "pt"})
@@ -209,24 +232,20 @@ def slice_checkpoint(
 
 def check_kept(kept: Kept, teacher: Shape) -> None:
     """Raise ConfigError unless the indices are sorted, distinct, within the teacher, and groups keep equal parts."""
-    limits = {
-        "layers": teacher.num_hidden_layers,
-        "hidden": teacher.hidden_size,
-        "intermediate": teacher.intermediate_size,
-        "key_value_heads": teacher.num_key_value_heads,
-        "query_heads": teacher.num_attention_heads,
-    }
+    limits = {"layers": teacher.num_hidden_layers, **{a: n for a, s in AXES.items() if (n := getattr(teacher, s))}}
     if set(kept) != set(limits):
         raise ConfigError(f"kept names the axes {sorted(kept)}, it must name {sorted(limits)}")
     for axis, limit in limits.items():
         indices = kept[axis]
-        wanted = 1 if axis in ("layers", "hidden") else 2
+        wanted = {"layers": 1, "hidden": 1, "expert_intermediate": 3}.get(axis, 2)
         if indices.dtype != torch.int64 or indices.dim() != wanted or indices.numel() == 0:
             raise ConfigError(f"kept[{axis!r}] must be int64 of {wanted} dimensions, and not empty")
-        if wanted == 2 and len(indices) != len(kept["layers"]):
+        if wanted >= 2 and len(indices) != len(kept["layers"]):
             raise ConfigError(f"kept[{axis!r}] has {len(indices)} rows for {len(kept['layers'])} kept layers")
         if bool((indices.diff(dim=-1) <= 0).any()) or int(indices.min()) < 0 or int(indices.max()) >= limit:
             raise ConfigError(f"kept[{axis!r}] must be ascending, distinct, and within 0 and the teacher's {limit - 1}")
+    if "experts" in kept and kept["expert_intermediate"].shape[1] != kept["experts"].shape[1]:
+        raise ConfigError("kept['expert_intermediate'] must have a row for each of kept['experts']")
     groups_LH = kept["query_heads"] // teacher.group_size
     heads, groups = groups_LH.shape[1], kept["key_value_heads"].shape[1]
     if heads % groups or not torch.equal(groups_LH, kept["key_value_heads"].repeat_interleave(heads // groups, 1)):

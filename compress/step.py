@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from compress.families import family_of
+from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
 from compress.tokens import TokenBatch
 
@@ -26,19 +30,44 @@ class TeacherSignal:
     """
 
     hidden_NE: Tensor
-    head_VE: Tensor
+    head: OutputHead
 
 
 def trunk(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """Final hidden states (B, T, D), after the last norm, of packed documents, each as if it were alone.
 
-    transformers isolates documents only with restarting positions, no attention mask and no cache.
+    transformers isolates documents only with restarting positions, no attention mask and no cache; the families whose
+    code forgets the positions are given the masks.
     """
-    output = model.model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+    output = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=packed_masks(model, batch.position_ids),
+        use_cache=False,
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def packed_masks(model: PreTrainedModel, position_ids_BT: Tensor) -> dict[str, Any] | None:
+    """The attention masks of packed documents, by kind of layer; None where the family makes them from the positions.
+
+    Without them documents leak into each other silently: tests/test_slicing.py, packed = each document alone.
+    """
+    if not family_of(model.config.to_dict(), "the model").needs_packed_masks:
+        return None
+    shape = (*position_ids_BT.shape, 1)  # only its dtype, device and first two sizes are looked at
+    arguments: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": torch.empty(shape, dtype=model.dtype, device=position_ids_BT.device),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": position_ids_BT,
+    }
+    return {
+        "full_attention": create_causal_mask(**arguments),
+        "sliding_attention": create_sliding_window_causal_mask(**arguments),
+    }
 
 
 class Teacher:
@@ -50,7 +79,7 @@ class Teacher:
     @torch.no_grad()
     def signal(self, batch: TokenBatch) -> TeacherSignal:
         """The trunk's forward without the head; the head runs chunk by chunk inside the objective."""
-        return TeacherSignal(trunk(self.model, batch)[batch.loss_mask], self.model.lm_head.weight)
+        return TeacherSignal(trunk(self.model, batch)[batch.loss_mask], output_head(self.model))
 
 
 class StudentModule(nn.Module):
@@ -64,8 +93,16 @@ class StudentModule(nn.Module):
     def forward(self, batch: TokenBatch, signal: TeacherSignal) -> Tensor:
         """KL(teacher || student) in nats, summed over the micro-batch's loss tokens."""
         hidden_ND = trunk(self.model, batch)[batch.loss_mask]
-        head_VD = self.model.lm_head.weight
-        return distillation_loss(hidden_ND, head_VD, signal.hidden_NE, signal.head_VE, temperature=self.temperature)
+        head = output_head(self.model)
+        return distillation_loss(
+            hidden_ND,
+            head.weight_VD,
+            signal.hidden_NE,
+            signal.head.weight_VD,
+            temperature=self.temperature,
+            student_softcap=head.softcap,
+            teacher_softcap=signal.head.softcap,
+        )
 
 
 def accumulate_gradients(

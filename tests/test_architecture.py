@@ -10,13 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from families import SIZES, VARIANTS, make_model, save_model
+from families import VARIANTS, axes_of, make_model, save_model, student_sizes
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from compress.architecture import (
-    FAMILIES,
     check_shape,
+    num_active_parameters,
+    num_embedding_parameters,
     num_parameters,
     shape_of,
     student_config,
@@ -25,6 +26,7 @@ from compress.architecture import (
     with_sizes,
 )
 from compress.errors import ArchitectureError, ArtifactError, CompressError, ConfigError
+from compress.families import FAMILIES
 from compress.folders import read_model, teacher_folder
 
 MODELS = [(variant, tied) for variant in VARIANTS for tied in (False, True)]
@@ -37,35 +39,62 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("variant", "tied"), MODELS)
-def test_the_table_is_the_state_dict_of_transformers(variant: str, tied: bool) -> None:
+def test_the_table_is_what_transformers_saves(variant: str, tied: bool, tmp_path: Path) -> None:
+    """Every tensor of a checkpoint and no other, in its sizes; a tied head is in none."""
     model = make_model(variant, tied)
     family = FAMILIES[model.config.model_type]
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head only once
+    written = load_file(save_model(tmp_path / "m", model) / "model.safetensors")
+    expected = {name: tuple(tensor.shape) for name, tensor in written.items()}
     assert tensor_shapes(family.rows(model.config), shape_of(model.config)) == expected
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sizes_of_the_tiny_models_are_pairwise_distinct(variant: str) -> None:
-    config = make_model(variant).config
-    sizes = [
-        *SIZES.values(),
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    ]
+    shape = shape_of(make_model(variant).config)
+    sizes = [size for name, size in vars(shape).items() if name != "tied" and size]
+    sizes += [shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim]
+    if variant.startswith("gpt_neox"):  # as many key-value heads, and as wide as the hidden size, by its nature
+        sizes = [size for size in sizes if size not in (shape.hidden_size, shape.num_attention_heads)]
+    elif shape.num_experts:  # five of each; their sizes never stand for one another in one tensor
+        sizes.remove(shape.num_experts)
     assert len(set(sizes)) == len(sizes)
+
+
+# What the rows of each family lean on in transformers' own config class. A release that renames, drops or defaults a
+# field otherwise fails here, before a user's model does.
+FIELDS = {
+    "llama": "attention_bias mlp_bias head_dim",
+    "mistral": "head_dim sliding_window",
+    "qwen2": "layer_types use_sliding_window max_window_layers",
+    "qwen3": "attention_bias head_dim layer_types use_sliding_window max_window_layers",
+    "gemma2": "attention_bias head_dim layer_types query_pre_attn_scalar final_logit_softcapping sliding_window",
+    "gemma3_text": "attention_bias head_dim layer_types query_pre_attn_scalar final_logit_softcapping sliding_window",
+    "phi3": "sliding_window rope_parameters original_max_position_embeddings",
+    "olmo2": "attention_bias rope_parameters",
+    "gpt_neox": "attention_bias use_parallel_residual rope_parameters",
+    "mixtral": "head_dim sliding_window num_local_experts num_experts_per_tok",
+    "qwen3_moe": "attention_bias num_experts moe_intermediate_size num_experts_per_tok norm_topk_prob mlp_only_layers "
+                 "decoder_sparse_step",
+    "gpt_oss": "attention_bias head_dim layer_types num_local_experts num_experts_per_tok",
+}  # fmt: skip
+WITH_LAYER_TYPES = {"qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_transformers_still_has_the_config_fields_that_the_table_relies_on(model_type: str) -> None:
     family, config = FAMILIES[model_type], CONFIG_MAPPING[model_type]()
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        assert isinstance(getattr(config, name), int), name
-    assert isinstance(config.vocab_size, int)
+    for name in (*family.prunable, "vocab_size"):
+        assert isinstance(getattr(config, family.field(name) or ""), int), name
     assert isinstance(config.tie_word_embeddings, bool)
-    assert all(isinstance(getattr(config, switch), bool) for switch in family.switches.values())
-    assert shape_of(CONFIG_MAPPING[model_type](head_dim=24)).head_dim == 24, "an explicit head_dim must survive"
-    windowed = hasattr(config, "use_sliding_window")
-    assert (getattr(config, "layer_types", None) is not None) == windowed == (model_type in ("qwen2", "qwen3"))
+    for row in family.table.values():
+        assert row.switch is None or isinstance(getattr(config, row.switch), bool)
+    for name in FIELDS[model_type].split():
+        assert hasattr(config, name), name
+    if not family.locked:
+        assert shape_of(CONFIG_MAPPING[model_type](head_dim=24)).head_dim == 24, "an explicit head_dim must survive"
+    assert (getattr(config, "layer_types", None) is not None) == (model_type in WITH_LAYER_TYPES)
+    for field, value in family.only.items():
+        assert getattr(config, field) == value, "its own default is what the rows describe"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -75,31 +104,44 @@ def test_the_divisibility_rule_is_the_one_of_transformers(model_type: str) -> No
         CONFIG_MAPPING[model_type](**sizes)
         refused = False
     except Exception as error:
-        refused = "multiple" in str(error)
-    assert refused == FAMILIES[model_type].hidden_divisible_by_heads
+        refused = "multiple" in str(error) or "divisible" in str(error)
+    family = FAMILIES[model_type]
+    assert refused == (family.hidden_divisible_by_heads or family.locked)
 
 
 def test_taps_are_the_layer_norms_and_the_two_output_projections() -> None:
-    for family in FAMILIES.values():
+    two = ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm")
+    more = ("model.layers.*.pre_feedforward_layernorm", "model.layers.*.post_feedforward_layernorm")
+    norms = {"gemma2": two + more, "gemma3_text": two + more, "olmo2": (two[1], more[1])}
+    for name, family in FAMILIES.items():
         found = taps(family)
-        assert found.hidden == ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm")
-        assert found.intermediate == "model.layers.*.mlp.down_proj"
+        if name == "gpt_neox":
+            assert found.hidden == tuple(norm.replace("model", "gpt_neox", 1) for norm in two)
+            assert found.intermediate == "gpt_neox.layers.*.mlp.dense_4h_to_h"
+            assert found.query_heads == "gpt_neox.layers.*.attention.dense"
+            continue
+        assert found.hidden == norms.get(name, two), name
+        assert found.intermediate == (None if family.has_experts else "model.layers.*.mlp.down_proj")
         assert found.query_heads == "model.layers.*.self_attn.o_proj"
 
 
 @pytest.mark.parametrize(("variant", "tied"), MODELS)
-@pytest.mark.parametrize(
-    "sizes",
-    [{}, {"hidden_size": 36, "num_hidden_layers": 2}, {"intermediate_size": 8, "num_attention_heads": 3}],
-)
-def test_num_parameters_is_that_of_the_real_model(
-    variant: str, tied: bool, sizes: dict[str, int], tmp_path: Path
-) -> None:
+def test_num_parameters_is_that_of_the_real_model(variant: str, tied: bool, tmp_path: Path) -> None:
     info = read_model(save_model(tmp_path / "m", make_model(variant, tied)))
-    real = make_model(variant, tied, **sizes)
-    shape = with_sizes(info.shape, sizes)
-    assert shape_of(real.config) == shape
-    assert num_parameters(info, shape) == sum(p.numel() for p in real.parameters())
+    for sizes in ({}, *axes_of(variant).values()):
+        real = make_model(variant, tied, **{info.family.field(name): size for name, size in sizes.items()})
+        shape = with_sizes(info.shape, sizes)
+        assert shape_of(real.config) == shape
+        assert num_parameters(info, shape) == sum(p.numel() for p in real.parameters())
+        embedding = sum(m.weight.numel() for m in (real.get_input_embeddings(), real.get_output_embeddings()))
+        assert num_embedding_parameters(info, shape) == embedding / (2 if tied else 1)
+        active = num_active_parameters(info, shape)
+        if not shape.num_experts:
+            assert active == num_parameters(info, shape)
+            continue
+        chosen = real.config.num_experts_per_tok
+        experts = sum(p.numel() for n, p in real.named_parameters() if ".experts." in n)
+        assert active == num_parameters(info, shape) - experts * (shape.num_experts - chosen) // shape.num_experts
 
 
 def edit_config(**changes: object) -> Callable[[Path], None]:
@@ -156,7 +198,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter": (adapter, "merge the adapter"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "list config": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
-    "other family": (edit_config(model_type="gpt_neox"), r"'gpt_neox' is not in the axis table; there are llama"),
+    "other family": (edit_config(model_type="gpt2"), r"'gpt2' is not in the axis table; there are llama"),
     "no family": (edit_config(model_type="DELETE"), "model_type=None"),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
     "remote code": (edit_config(auto_map={"AutoModel": "x.Y"}), "teacher.trust_remote_code=true"),
@@ -239,6 +281,28 @@ SHAPES: list[tuple[str, dict[str, int], int, str]] = [
         2,
         r"hidden_size=45 .* nearest: 42 or 48",
     ),
+    (
+        "gpt_neox",
+        {"hidden_size": 40},
+        1,
+        r"hidden_size=40 with num_attention_heads=6: .* neither is pruned alone; give "
+        r"prune.hidden_size=60 or prune.num_attention_heads=4 with it",
+    ),
+    ("gpt_neox", {"num_attention_heads": 4}, 1, r"hidden_size=60 with num_attention_heads=4: .* prune.hidden_size=40"),
+    ("qwen3_moe", {"num_experts": 1}, 1, r"num_experts=1 is fewer than the num_experts_per_tok=2 .* keep 2 at least"),
+    (
+        "qwen3_moe",
+        {"moe_intermediate_size": 20},
+        16,
+        r"size=20 must be a multiple .* nearest: 16 or 26",
+    ),
+    (
+        "qwen3_moe",
+        {"intermediate_size": 20},
+        1,
+        r"size=20: a Qwen3-MoE model has none; it has hidden_size",
+    ),
+    ("llama", {"num_experts": 2}, 1, r"num_experts=2: a Llama model has none; it has hidden_size, intermediate_size"),
 ]
 
 
@@ -255,9 +319,9 @@ def test_an_illegal_shape_names_value_rule_and_remedy(
 def test_legal_shapes_pass_and_transformers_builds_them(variant: str, tmp_path: Path) -> None:
     info = read_model(save_model(tmp_path / "m", make_model(variant)))
     check_shape(info, info.shape, multiple_of=1024)  # the teacher's own sizes are always fine
-    shape = with_sizes(info.shape, {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 2})
+    shape = with_sizes(info.shape, student_sizes(variant))
     check_shape(info, shape, multiple_of=4)
-    config = student_config(info.config, info.family, shape, range(5))
+    config = student_config(info.config, info.family, shape, range(3))
     assert shape_of(CONFIG_MAPPING[info.family.model_type].from_dict(config)) == shape
 
 

@@ -100,7 +100,12 @@ def missing_shard(folder: Path) -> tuple[str, ...]:
 
 def unknown_family(folder: Path) -> tuple[str, ...]:
     edit_json(folder / "config.json", model_type="gpt2")
-    return ("model_type='gpt2' is not in the axis table", "llama (Llama)", "qwen3 (Qwen3)", "architecture.py")
+    return (
+        "model_type='gpt2' is not in the axis table",
+        "llama (Llama)",
+        "gpt_oss (gpt-oss)",
+        "architecture.table=FILE.yaml",
+    )
 
 
 def quantized(folder: Path) -> tuple[str, ...]:

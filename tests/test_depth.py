@@ -12,7 +12,7 @@ from families import logits, make_batch, make_model, rows
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.depth import greedy_layer_removal, removal_reach
+from compress.depth import rank_layers, removal_reach, spread_loss_tokens
 from compress.errors import ConfigError, NumericalError
 from compress.tokens import TokenBatch
 
@@ -22,7 +22,7 @@ def divergence(model: PreTrainedModel, batch: TokenBatch) -> Callable[[list[int]
 
     def log_probabilities(kept: list[int]) -> torch.Tensor:
         cut = copy.deepcopy(model)
-        cut.model.layers = nn.ModuleList(cut.model.layers[j] for j in kept)
+        cut.base_model.layers = nn.ModuleList(cut.base_model.layers[j] for j in kept)
         cut.config.num_hidden_layers = len(kept)
         if getattr(cut.config, "layer_types", None):
             cut.config.layer_types = [cut.config.layer_types[j] for j in kept]
@@ -68,9 +68,9 @@ def test_greedy_removal_equals_brute_force(variant: str, seed: int) -> None:
     model, batch = uneven_model(variant, seed), make_batch(5, seed=seed, padded=True)
     order, curve = brute_force(model, batch, 5)
     assert order not in (sorted(order), sorted(order, reverse=True)), "layers before and after earlier ones must go"
-    removal = greedy_layer_removal(model, [rows(batch, 0, 2), rows(batch, 2, 5)], 5)
-    assert removal.order == order
-    assert removal.kl == pytest.approx(curve, rel=1e-5)
+    removal = rank_layers(model, [rows(batch, 0, 2), rows(batch, 2, 5)], 5)
+    assert removal.removed == [order[: n + 1] for n in range(5)]
+    assert removal.cost == pytest.approx(curve, rel=1e-5)
     assert removal.num_trials == 8 + 7 + 6 + 5 + 4
 
 
@@ -98,26 +98,24 @@ def test_skipping_dear_layers_follows_its_rule_and_saves_trials(share: float) ->
             seen.append(candidate)
             yield candidate
 
-    every = greedy_layer_removal(model, [batch], 4)
-    lazy = greedy_layer_removal(model, [batch], 4, skip_share=share, progress=progress)
-    assert lazy.order == order
+    every = rank_layers(model, [batch], 4)
+    lazy = rank_layers(model, [batch], 4, skip_share=share, progress=progress)
+    assert lazy.removed[-1] == order
     assert lazy.num_trials == trials < every.num_trials == 26
-    assert lazy.kl[-1] < every.kl[-1] * 1.1, "what is skipped would hardly have been chosen"
+    assert lazy.cost[-1] < every.cost[-1] * 1.1, "what is skipped would hardly have been chosen"
     assert len(seen) == 26, "progress reaches its total, skipped candidates counted"
 
 
 def test_loss_tokens_are_bounded_and_spread_over_all_batches() -> None:
-    from compress.depth import _spread
-
     batch = make_batch(6, 16, padded=True)
     parts = [rows(batch, 0, 1), rows(batch, 1, 6)]
     total = int(batch.loss_mask.sum())
-    places = _spread(parts, 10**6)
+    places = spread_loss_tokens(parts, 10**6)
     assert [len(p) for p in places] == [int(part.loss_mask.sum()) for part in parts]
-    few = _spread(parts, 10)
+    few = spread_loss_tokens(parts, 10)
     assert sum(len(p) for p in few) == 10
     assert all(bool(part.loss_mask.flatten()[place].all()) for part, place in zip(parts, few, strict=True))
-    whole = _spread([batch], 10)[0]
+    whole = spread_loss_tokens([batch], 10)[0]
     ranks = [int(batch.loss_mask.flatten()[:place].sum()) for place in whole.tolist()]
     assert ranks == [i * total // 10 for i in range(10)]
     assert torch.equal(torch.cat([few[0], few[1] + 16]), whole)
@@ -126,15 +124,15 @@ def test_loss_tokens_are_bounded_and_spread_over_all_batches() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     model, batch = make_model(), make_batch()
     with pytest.raises(ConfigError, match="num_remove=5"):
-        greedy_layer_removal(model, [batch], 5)
+        rank_layers(model, [batch], 5)
     batch.loss_mask[:] = False
     with pytest.raises(NumericalError, match="no loss token"):
-        greedy_layer_removal(model, [batch], 1)
+        rank_layers(model, [batch], 1)
     broken, batch = make_model(), make_batch()
     with torch.no_grad():
         broken.model.layers[4].mlp.up_proj.weight[:] = float("nan")
-    with pytest.raises(NumericalError, match=r"KL without model.layers.0 is nan"):
-        greedy_layer_removal(broken, [batch], 1)
+    with pytest.raises(NumericalError, match=r"the damage without layer 0 is nan"):
+        rank_layers(broken, [batch], 1)
     assert not any(m._forward_pre_hooks for m in broken.modules())
 
 

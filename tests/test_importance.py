@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import SIZES, logits, make_batch, make_model, rows
+from families import SIZES, VARIANTS, logits, make_batch, make_model, rows
 from safetensors.torch import load_file, save_file
 
 from compress.architecture import shape_of
 from compress.artifacts import open_tensors
-from compress.errors import ArtifactError, NumericalError
-from compress.importance import AGGREGATIONS, Importance, estimate_importance, load_importance, save_importance
+from compress.criteria import AGGREGATIONS, parse_criterion
+from compress.errors import ArtifactError, ConfigError, NumericalError
+from compress.families import AXES
+from compress.importance import estimate_importance
+from compress.scores import Importance, LayerRemovals, load_importance, save_importance
 from compress.tokens import TokenBatch
 
-FIELDS = ("hidden_D", "intermediate_LF", "query_heads_LH", "key_value_heads_LG", "block_influence_L")
+
+def fields_of(importance: Importance, criterion: str | None = None) -> dict[str, torch.Tensor]:
+    return {**importance.width(criterion), "block_influence": importance.block_influence_L}
 
 
 def aggregate(values: np.ndarray, kind: str) -> np.ndarray:
@@ -72,43 +77,119 @@ def by_numpy(model: Any, batch: TokenBatch, sequence: str, over_batch: str) -> d
         norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
         cosines.append(((before * after).sum(1) / norms).mean())
     return {
-        "hidden_D": sum(score(f"norm{part}{n}") for n in layers for part in (1, 2)),
-        "intermediate_LF": np.stack([score(f"mlp{n}") for n in layers]),
-        "query_heads_LH": np.sqrt((columns.reshape(len(layers), -1, dim) ** 2).sum(-1)),
-        "key_value_heads_LG": np.sqrt((columns.reshape(len(layers), SIZES["num_key_value_heads"], -1) ** 2).sum(-1)),
-        "block_influence_L": 1 - np.array(cosines),
+        "hidden": sum(score(f"norm{part}{n}") for n in layers for part in (1, 2)),
+        "intermediate": np.stack([score(f"mlp{n}") for n in layers]),
+        "query_heads": np.sqrt((columns.reshape(len(layers), -1, dim) ** 2).sum(-1)),
+        "key_value_heads": np.sqrt((columns.reshape(len(layers), SIZES["num_key_value_heads"], -1) ** 2).sum(-1)),
+        "block_influence": 1 - np.array(cosines),
     }
 
 
 def assert_close(one: Importance, other: Importance) -> None:
-    for field in FIELDS:
-        torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=1e-5, atol=1e-6)
+    for criterion in one.widths:
+        ours, theirs = fields_of(one, criterion), fields_of(other, criterion)
+        assert ours.keys() == theirs.keys()
+        for name, scores in ours.items():
+            torch.testing.assert_close(scores, theirs[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sequence", "over_batch"), product(AGGREGATIONS, AGGREGATIONS))
 @pytest.mark.parametrize("padded", [False, True])
 def test_scores_equal_an_independent_computation(sequence: str, over_batch: str, padded: bool) -> None:
     model, batch = make_model("qwen3-biases"), make_batch(5, 12, padded=padded)
-    estimate = estimate_importance(
-        model, [rows(batch, 0, 3), rows(batch, 3, 5)], sequence_aggregation=sequence, batch_aggregation=over_batch
-    )
+    criterion = f"activation:{over_batch}/{sequence}"
+    estimate = estimate_importance(model, [rows(batch, 0, 3), rows(batch, 3, 5)], [criterion])
     for field, expected in by_numpy(model, batch, sequence, over_batch).items():
-        measured = getattr(estimate, field)
+        measured = fields_of(estimate, criterion)[field]
         assert measured.dtype == torch.float32
         assert measured.shape == expected.shape
         np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=field)
     assert (estimate.num_sequences, estimate.num_tokens) == (5, int(batch.valid_mask.sum()))
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-window", "qwen3"])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_scores_do_not_depend_on_the_micro_batch(variant: str, aggregation: str) -> None:
+PAIRS = [f"activation:{over_batch}/{sequence}" for over_batch, sequence in product(AGGREGATIONS, AGGREGATIONS)]
+
+
+def test_all_pairs_of_one_pass_are_those_of_a_pass_each() -> None:
+    model, batch = make_model("qwen3_moe"), make_batch(4, 12, padded=True)
+    together = estimate_importance(model, [batch], PAIRS)
+    assert list(together.widths) == PAIRS
+    for pair in PAIRS:
+        alone = estimate_importance(model, [batch], [pair])
+        for axis, scores in alone.width().items():
+            assert torch.equal(scores, together.width(pair)[axis]), (pair, axis)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_do_not_depend_on_the_micro_batch(variant: str) -> None:
     model, batch = make_model(variant), make_batch(6, 12, padded=True)
-    both = {"sequence_aggregation": aggregation, "batch_aggregation": aggregation}
-    whole = estimate_importance(model, [batch], **both)
+    whole = estimate_importance(model, [batch], PAIRS)
     for size in (1, 4):
         parts = [rows(batch, start, min(start + size, 6)) for start in range(0, 6, size)]
-        assert_close(estimate_importance(model, parts, **both), whole)
+        assert_close(estimate_importance(model, parts, PAIRS), whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_listening_changes_nothing_and_every_axis_is_scored(variant: str) -> None:
+    model, batch = make_model(variant), make_batch()
+    before, shape = logits(model, batch), shape_of(model.config)
+    seen = []
+    handle = model.base_model.register_forward_hook(lambda _m, _a, output: seen.append(output.last_hidden_state))
+    importance = estimate_importance(model, [batch])
+    handle.remove()
+    torch.testing.assert_close(model.get_output_embeddings()(seen[0]).argmax(-1), before.argmax(-1))
+    expected = {axis for axis, size in AXES.items() if getattr(shape, size)}
+    assert set(importance.width()) == expected
+    for axis, scores in importance.width().items():
+        assert scores.shape[-1] == getattr(shape, AXES[axis])
+        assert bool((scores > 0).all() if "expert" not in axis else scores.any()), axis  # some see no token
+    assert torch.equal(logits(model, batch), before)
+    assert not any("forward" in vars(module) for module in model.modules()), "the experts' own forward is back"
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "qwen3_moe-normed", "gpt_oss"])
+def test_scores_of_experts_equal_an_independent_computation(variant: str) -> None:
+    """Token by token, expert by expert, in numpy's order of operations; only what the router chose counts."""
+    model, batch = make_model(variant), make_batch(3, 12, padded=True)
+    found: dict[int, list[tuple[Any, Any, Any]]] = {}
+    handles = []
+    for number, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        handles.append(
+            experts.register_forward_pre_hook(lambda m, a, number=number: found.setdefault(number, []).append((m, *a)))
+        )
+    logits(model, batch)
+    for handle in handles:
+        handle.remove()
+    importance = estimate_importance(model, [rows(batch, 0, 1), rows(batch, 1, 3)], ["activation:l2/mean"])
+    valid = batch.valid_mask
+    for number, calls in found.items():
+        [(module, hidden, index, weight)] = calls
+        gate_up, down = module.gate_up_proj.detach().numpy(), module.down_proj.detach().numpy()
+        for expert in range(module.num_experts):
+            norms, units = [], np.zeros((*valid.shape, importance.width()["expert_intermediate"].shape[2]))
+            for token in np.flatnonzero(valid.flatten().numpy()):
+                places = (index[token] == expert).nonzero().flatten().tolist()
+                if not places:
+                    continue
+                x = hidden[token].detach().numpy()
+                if variant == "gpt_oss":
+                    inner = x @ gate_up[expert] + module.gate_up_proj_bias[expert].detach().numpy()
+                    gate, up = np.minimum(inner[::2], module.limit), np.clip(inner[1::2], -module.limit, module.limit)
+                    unit = (up + 1) * gate / (1 + np.exp(-module.alpha * gate))
+                    out = unit @ down[expert] + module.down_proj_bias[expert].detach().numpy()
+                else:
+                    inner = gate_up[expert] @ x
+                    gate, up = np.split(inner, 2)
+                    unit = gate / (1 + np.exp(-gate)) * up
+                    out = down[expert] @ unit
+                norms.append(np.linalg.norm(out * float(weight[token, places[0]])))
+                units[token // valid.shape[1], token % valid.shape[1]] = unit
+            expected = np.mean(norms) if norms else 0.0
+            np.testing.assert_allclose(float(importance.width()["experts"][number, expert]), expected, rtol=1e-4)
+            means = np.stack([np.abs(row[real]).mean(0) for row, real in zip(units, valid.numpy(), strict=True)])
+            scored = importance.width()["expert_intermediate"][number, expert].numpy()
+            np.testing.assert_allclose(scored, np.sqrt((means**2).sum(0)), rtol=1e-4, atol=1e-7)
 
 
 def test_scores_do_not_depend_on_padding() -> None:
@@ -139,38 +220,47 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_weighted_scores_are_of_what_a_column_adds() -> None:
     """Scaling a column of the reader by c scales its weighted score by c, and leaves the plain one alone."""
     batch, scale = make_batch(), 3.0
-    plain, weighted = (estimate_importance(make_model(), [batch], weighted=w) for w in (False, True))
+    both = ["activation:l2/mean", "weighted_activation:l2/mean"]
+
+    def scores(model: Any) -> tuple[Any, Any]:
+        found = estimate_importance(model, [batch], both)
+        return found.width(both[0]), found.width(both[1])
+
+    plain, weighted = scores(make_model())
     model = make_model()
     with torch.no_grad():
         model.model.layers[4].mlp.down_proj.weight[:, 7] *= scale
-    plain_scaled, weighted_scaled = (estimate_importance(model, [batch], weighted=w) for w in (False, True))
-    torch.testing.assert_close(plain_scaled.intermediate_LF, plain.intermediate_LF)
-    ratio_LF = weighted_scaled.intermediate_LF / weighted.intermediate_LF
+    plain_scaled, weighted_scaled = scores(model)
+    torch.testing.assert_close(plain_scaled["intermediate"], plain["intermediate"])
+    ratio_LF = weighted_scaled["intermediate"] / weighted["intermediate"]
     assert ratio_LF[4, 7] == pytest.approx(scale)
     ratio_LF[4, 7] = 1
     assert ratio_LF[:4].allclose(torch.ones(4, 72)), "the last layer's MLP changes nothing before it"
     norm_F = torch.linalg.vector_norm(make_model().model.layers[1].mlp.down_proj.weight, dim=0)
-    torch.testing.assert_close(weighted.intermediate_LF[1], plain.intermediate_LF[1] * norm_F.float())
+    torch.testing.assert_close(weighted["intermediate"][1], plain["intermediate"][1] * norm_F.float())
     with torch.no_grad():
         model.model.layers[4].self_attn.o_proj.weight[:, 20:30] *= scale  # head 2 of 10 columns
-    heads_H = estimate_importance(model, [batch], weighted=True).query_heads_LH[4]
-    expected_H = weighted.query_heads_LH[4] * torch.tensor([1, 1, scale, 1, 1, 1])
+    heads_H = scores(model)[1]["query_heads"][4]
+    expected_H = weighted["query_heads"][4] * torch.tensor([1, 1, scale, 1, 1, 1])
     torch.testing.assert_close(heads_H, expected_H)
-    torch.testing.assert_close(weighted.hidden_D, plain.hidden_D)
+    torch.testing.assert_close(weighted["hidden"], plain["hidden"])
 
 
 def test_scores_that_are_not_finite_name_the_module() -> None:
     model = make_model()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[5] = float("inf")
-    with pytest.raises(NumericalError, match=r"model.layers.2.mlp.down_proj: 1 of 72"):
+    with pytest.raises(NumericalError, match=r"layer 2, mlp.down_proj: 1 of 72"):
         estimate_importance(model, [make_batch()])
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Importance]:
-    importance = estimate_importance(make_model(), [make_batch()])
-    importance = replace(importance, removal_order=torch.tensor([3, 1]), removal_kl=torch.tensor([0.5, 1.0]))
+    importance = estimate_importance(
+        make_model(), [make_batch()], ["activation", "weighted_activation"], similarity=True
+    )
+    depths = {"kl_greedy": LayerRemovals([[3], [3, 1]], [0.5, 1.0]), **importance.depths}
+    importance = replace(importance, depths=depths)
     save_importance(tmp_path / "importance.safetensors", importance, "abc")
     return tmp_path / "importance.safetensors", importance
 
@@ -178,9 +268,35 @@ def saved(tmp_path: Path) -> tuple[Path, Importance]:
 def test_scores_survive_the_file(saved: tuple[Path, Importance]) -> None:
     path, importance = saved
     loaded = load_importance(path, shape_of(make_model().config), "abc")
-    for name, value in vars(importance).items():
-        same = torch.equal(value, getattr(loaded, name)) if torch.is_tensor(value) else value == getattr(loaded, name)
-        assert same, name
+    assert list(loaded.widths) == list(importance.widths), "their order is which one is used"
+    for criterion, widths in importance.widths.items():
+        assert all(torch.equal(scores, loaded.widths[criterion][axis]) for axis, scores in widths.items())
+    assert list(loaded.depths) == ["kl_greedy", "block_influence"]
+    assert loaded.depth() == LayerRemovals([[3], [3, 1]], [0.5, 1.0])
+    assert loaded.depth("block_influence").removed == importance.depths["block_influence"].removed
+    assert torch.equal(loaded.block_influence_L, importance.block_influence_L)
+    assert loaded.similarity_SS is not None
+    assert torch.equal(loaded.similarity_SS, importance.similarity_SS)
+    assert (loaded.num_sequences, loaded.num_tokens) == (importance.num_sequences, importance.num_tokens)
+
+
+def test_a_criterion_that_was_not_scored_names_those_that_were(saved: tuple[Path, Importance]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"prune.width_criterion=taylor was not scored: the scores hold activation:l2"
+    ):
+        saved[1].width("taylor")
+    with pytest.raises(ConfigError, match=r"prune.depth_criterion=nmse was not scored: the scores hold kl_greedy"):
+        saved[1].depth("nmse")
+    assert saved[1].width("activation") is saved[1].widths["activation:l2/mean"], "a name without its aggregations"
+
+
+@pytest.mark.parametrize("text", ["activatio", "activation:l2", "activation:l2/median", "taylor:l2/mean", ""])
+def test_a_criterion_that_there_is_not_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"score.width: "):
+        parse_criterion(text)
+
+
+HIDDEN = "width/activation:l2/mean/hidden"
 
 
 def rewrite(path: Path, change: Any) -> None:
@@ -194,14 +310,18 @@ def rewrite(path: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(hidden=t["hidden"][:-1].clone()), r"hidden has size \(47,\), the teacher's is \(48,\)"),
         (
-            lambda t: t["intermediate"].__setitem__((0, 0), float("nan")),
+            lambda t: t.update({HIDDEN: t[HIDDEN][:-1].clone()}),
+            r"activation:l2/mean/hidden has size \(47,\), the teacher's is \(48,\)",
+        ),
+        (
+            lambda t: t["width/activation:l2/mean/intermediate"].__setitem__((0, 0), float("nan")),
             "intermediate holds values that are not finite",
         ),
-        (lambda t: t.pop("query_heads"), "holds .*, expected"),
-        (lambda t: t.pop("layers.removal_kl"), "holds .*, expected"),
-        (lambda t: t["layers.removal_order"].__setitem__(0, 1), "no order of distinct layers"),
+        (lambda t: t.pop("width/activation:l2/mean/query_heads"), "holds other tensors than its header says"),
+        (lambda t: t.pop("depth/kl_greedy/cost"), "holds other tensors than its header says"),
+        (lambda t: t["depth/kl_greedy/removed"].__setitem__((1, 0), 1), "aren't sets of 1, 2, ... layers"),
+        (lambda t: t["depth/kl_greedy/removed"].__setitem__((0, 0), 5), "aren't sets of 1, 2, ... layers"),
     ],
 )
 def test_a_spoilt_file_of_scores_is_refused(saved: tuple[Path, Importance], change: Any, message: str) -> None:

@@ -98,7 +98,7 @@ def settings_of(node: type = CompressConfig, prefix: str = "") -> Iterator[str]:
 
 def test_every_setting_is_in_a_fingerprint_or_among_those_that_change_no_result() -> None:
     read = {key for entry in STAGES.values() for key in entry.reads}
-    by_content = {"teacher.path", "teacher.revision", "teacher.trust_remote_code"}  # the teacher's files are in it
+    by_content = {"teacher.path", "teacher.revision", "teacher.trust_remote_code", "architecture.table"}
     outside = {*OUTSIDE, *by_content, "name", "run_dir", "cache_dir", "stage"}
     for key in settings_of():
         inside = key in read or key.split(".")[0] in read
@@ -368,7 +368,10 @@ def test_new_weights_of_the_sources_keep_the_tokens_and_the_student(
         (("export.step=9",), "export.step=9 is not kept: training to step 8 will leave the steps [6, 8]"),
         (("export.step=3",), "export.step=3 is not kept"),
         (("export.step=4", "distill.keep_checkpoints=2"), "will leave the steps [6, 8]; choose one of them"),
-        (("score.depth=greedy_kl", "score.max_removed_layers=9"), "score.max_removed_layers=9 must be within 0 and 3"),
+        (
+            ("score.depth=[kl_greedy]", "score.max_removed_layers=9"),
+            "score.max_removed_layers=9 must be within 0 and 3",
+        ),
         (("run_dir=teacher/run", "teacher.path=teacher"), "run_dir=teacher/run lies inside of teacher.path=teacher"),
         (("run_dir=/proc/here",), "/proc/here: cannot be made a folder"),
     ],

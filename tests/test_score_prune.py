@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from families import SIZES, logits, make_batch, make_model, save_model
+from safetensors.torch import load_file
 
 from compress import prune, score
 from compress.architecture import num_parameters, shape_of
@@ -19,21 +21,27 @@ from compress.artifacts import fingerprint_path
 from compress.config import (
     CompressConfig,
     ComputeDtype,
+    DataConfig,
     DepthCriterion,
     PruneConfig,
     ScoreConfig,
     ShapeConfig,
+    SourceConfig,
     TeacherConfig,
+    check,
 )
-from compress.depth import greedy_layer_removal
+from compress.criteria import AGGREGATIONS
+from compress.depth import rank_layers
 from compress.errors import ArchitectureError, ArtifactError, ConfigError
 from compress.folders import read_model
-from compress.importance import estimate_importance, load_importance
+from compress.importance import estimate_importance
 from compress.models import load_model
+from compress.scores import load_importance
 from compress.slicing import kept_shape, select
 from compress.tokens import Rows, TokenSet, write_index, write_shard
 
 TOKENS = 16
+DATA = DataConfig(train=[SourceConfig("t")], calibration=[SourceConfig("c")], validation=[SourceConfig("v")])
 
 
 def write_tokens(folder: Path, sequences: int, vocab_size: int = SIZES["vocab_size"]) -> None:
@@ -52,7 +60,7 @@ def make_config(teacher: Path, **sections: Any) -> CompressConfig:
     config = CompressConfig(
         teacher=TeacherConfig(path=str(teacher)),
         compute_dtype=ComputeDtype.float32,
-        score=ScoreConfig(num_sequences=6, greedy_sequences=4, micro_batch_size=4),
+        score=ScoreConfig(num_sequences=6, depth_sequences=4, micro_batch_size=4),
         shape=ShapeConfig(multiple_of=4),
     )
     return replace(config, **sections)
@@ -94,7 +102,8 @@ def test_a_given_shape_end_to_end(teacher: Path, run_dir: Path) -> None:
     stored = load_importance(
         run_dir / "score" / "importance.safetensors", shape_of(model.config), fingerprint_path(teacher)
     )
-    torch.testing.assert_close(stored.intermediate_LF, importance.intermediate_LF)
+    for axis, scores in importance.width().items():
+        torch.testing.assert_close(stored.width()[axis], scores)
     assert (stored.num_sequences, stored.num_tokens) == (6, 6 * TOKENS)
     assert read(run_dir / "score" / "report.json")["block_influence"] == stored.block_influence_L.tolist()
 
@@ -112,9 +121,7 @@ def test_a_given_shape_end_to_end(teacher: Path, run_dir: Path) -> None:
     assert report["student"]["num_parameters"] == sum(p.numel() for p in student.parameters())
     assert report["choices"]["hidden_size"].startswith("given: prune.hidden_size=36; divisible by")
     assert report["choices"]["num_attention_heads"] == "the teacher's"
-    assert report["choices"]["num_hidden_layers"].endswith("lowest block influence")
-    from safetensors.torch import load_file
-
+    assert report["choices"]["num_hidden_layers"].endswith("layers removed by block_influence")
     written = load_file(run_dir / "prune" / "kept.safetensors")
     assert {axis: index.tolist() for axis, index in written.items()} == {a: i.tolist() for a, i in kept.items()}
     assert kept_shape(shape_of(model.config), written) == shape
@@ -125,27 +132,61 @@ def test_a_given_shape_end_to_end(teacher: Path, run_dir: Path) -> None:
 
 def test_greedy_depth_end_to_end(teacher: Path, run_dir: Path) -> None:
     config = make_config(teacher, prune=PruneConfig(num_hidden_layers=3))
-    config.score.depth = DepthCriterion.greedy_kl
+    config.score.depth = [DepthCriterion.kl_greedy]
     score.run(config, run_dir)
     prune.run(config, run_dir)
     model, tokens = load_model(teacher, torch.float32), TokenSet.open(run_dir / "tokens" / "calibration")
-    removal = greedy_layer_removal(model, [tokens.batch([0, 2, 4, 6])], 2, skip_share=score.SKIP_SHARE)
-    greedy = read(run_dir / "score" / "report.json")["greedy"]
-    assert greedy["removed_layers"] == removal.order
-    assert greedy["kl_nats_per_token"] == pytest.approx(removal.kl, rel=1e-4)
+    removal = rank_layers(model, [tokens.batch([0, 2, 4, 6])], 2, skip_share=score.SKIP_SHARE)
+    greedy = read(run_dir / "score" / "report.json")["depth"]["kl_greedy"]
+    assert greedy["removed"] == removal.removed
+    assert greedy["cost"] == pytest.approx(removal.cost, rel=1e-4)
     report = read(run_dir / "prune" / "report.json")
-    assert report["removed_layers"] == sorted(removal.order)
-    assert "KL" in report["choices"]["num_hidden_layers"]
+    assert report["removed_layers"] == sorted(removal.removed[-1])
+    assert report["choices"]["num_hidden_layers"].endswith("layers removed by kl_greedy")
     further = replace(config, prune=PruneConfig(num_hidden_layers=2))
-    with pytest.raises(ConfigError, match="greedy order of the scores ends after 2"):
+    with pytest.raises(ConfigError, match="the scores say what to remove up to 2"):
         prune.run(further, run_dir)
+
+
+EVERY = [
+    *(f"activation:{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS),
+    "weighted_activation:l2/l2",
+    "taylor",
+    "weight_magnitude",
+]
+
+
+def test_all_criteria_side_by_side_and_each_can_be_pruned_by(
+    teacher: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    depths = [d for d in DepthCriterion if not d.startswith("task")]
+    config = make_config(teacher, prune=replace(SHAPE, width_criterion="taylor", depth_criterion=depths[4]))
+    config.score.width, config.score.depth = EVERY, depths
+    check(replace(config, data=DATA, distill=replace(config.distill, num_tokens=1e6)))
+    score.run(config, run_dir)
+    report = read(run_dir / "score" / "report.json")
+    assert set(report["depth"]) == {*map(str, depths)}
+    for axis, row in report["rank_correlation"].items():
+        assert set(row) == set(EVERY[1:])
+        assert all(-1 <= value <= 1 for value in row.values()), axis
+        assert row["activation:l2/l2"] > 0.5, "two ways to say how large the same activations are"
+    info = read_model(teacher)
+    stored = load_importance(run_dir / "score" / "importance.safetensors", info.shape, fingerprint_path(teacher))
+    students = set()
+    for width, depth in zip(EVERY, itertools.cycle(depths), strict=False):
+        config.prune.width_criterion, config.prune.depth_criterion = width, depth
+        prune.run(config, run_dir)
+        kept = load_file(run_dir / "prune" / "kept.safetensors")
+        assert kept["hidden"].tolist() == stored.width(width)["hidden"].topk(36).indices.sort().values.tolist()
+        removed = read(run_dir / "prune" / "report.json")["removed_layers"]
+        assert removed == stored.depth(depth).of(2)
+        students.add((tuple(kept["hidden"].tolist()), tuple(removed)))
+    assert len(students) > 6
 
 
 def test_layers_given_by_hand_are_the_ones_that_go(teacher: Path, run_dir: Path) -> None:
     config = make_config(teacher, prune=PruneConfig(removed_layers=[4, 0]))
-    config.score.depth = DepthCriterion.greedy_kl  # not needed then, so not measured
     score.run(config, run_dir)
-    assert "greedy" not in read(run_dir / "score" / "report.json")
     prune.run(config, run_dir)
     report = read(run_dir / "prune" / "report.json")
     assert report["removed_layers"] == [0, 4]
@@ -155,12 +196,12 @@ def test_layers_given_by_hand_are_the_ones_that_go(teacher: Path, run_dir: Path)
         assert torch.equal(parameter, whole.model.layers[2].get_parameter(name))
 
 
-@pytest.mark.parametrize("depth", list(DepthCriterion))
+@pytest.mark.parametrize("depth", [d for d in DepthCriterion if not d.startswith("task")])
 def test_a_budget_end_to_end(teacher: Path, run_dir: Path, depth: DepthCriterion) -> None:
     total = read_model(teacher)
     budget = int(0.7 * num_parameters(total, total.shape))
     config = make_config(teacher, prune=PruneConfig(max_parameters=budget, num_attention_heads=6))
-    config.score.depth = depth
+    config.score.depth = [depth]
     prune.preflight(config)
     score.run(config, run_dir)
     prune.run(config, run_dir)
@@ -174,7 +215,7 @@ def test_a_budget_end_to_end(teacher: Path, run_dir: Path, depth: DepthCriterion
     assert all(report["student"][name] == best[name] for name in ("hidden_size", "intermediate_size", "num_parameters"))
     assert report["student"]["num_attention_heads"] == 6
     assert report["choices"]["num_attention_heads"] == "given: prune.num_attention_heads=6"
-    if depth is DepthCriterion.greedy_kl:
+    if depth.is_measured:
         assert report["student"]["num_hidden_layers"] >= 3, "half of five layers were scored"
 
 
@@ -208,15 +249,15 @@ def test_preflight_refuses_a_bad_teacher_and_lets_a_foreign_student_pass(teacher
     with pytest.raises(ArtifactError, match="not a complete safetensors file"):
         prune.preflight(make_config(teacher, prune=SHAPE))
     content = read(teacher / "config.json")
-    (teacher / "config.json").write_text(json.dumps({**content, "model_type": "olmo2"}))
-    with pytest.raises(ArchitectureError, match="olmo2"):
+    (teacher / "config.json").write_text(json.dumps({**content, "model_type": "olmo"}))
+    with pytest.raises(ArchitectureError, match="olmo"):
         prune.preflight(make_config(teacher, prune=SHAPE))
 
 
-@pytest.mark.parametrize("key", ["num_sequences", "greedy_sequences"])
+@pytest.mark.parametrize("key", ["num_sequences", "depth_sequences"])
 def test_too_little_calibration_text_says_how_much_there_is(key: str, teacher: Path, run_dir: Path) -> None:
     config = make_config(teacher, prune=SHAPE)
-    config.score.depth = DepthCriterion.greedy_kl
+    config.score.depth = [DepthCriterion.kl_greedy]
     setattr(config.score, key, 9)
     with pytest.raises(ConfigError, match=rf"score.{key}=9, but data.calibration gives only 8 .* score.{key}=8"):
         score.run(config, run_dir)

@@ -1,0 +1,165 @@
+"""The export contract: a student that loads, computes what it must, and whose engines are known, or the stage fails.
+
+1. transformers loads the folder strictly, with the promised number of parameters.
+2. Its tensors are those that the axis table asks for, no more; a tied head is stored once; vocabulary rows are whole.
+3. Its logits are those of the masked teacher (`masking.py`), with compensated or merged weights folded into both.
+4. Its sizes against the rules of inference engines (`engines.yaml`): reported; none of them but transformers runs here.
+"""
+
+# B sequences, T tokens, V vocabulary
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.architecture import ModelInfo, num_parameters
+from compress.errors import ArtifactError, NumericalError
+from compress.families import Shape
+from compress.folders import read_model
+from compress.masking import fold, masked
+from compress.models import load_model
+from compress.slicing import Kept
+from compress.step import packed_masks
+
+log = logging.getLogger(__name__)
+ENGINES = Path(__file__).parent / "engines.yaml"
+# Of the spread of the logits, in float32. A wrong unit is off by 0.1 and more; sums in another order by about 1e-5.
+TOLERANCE = 1e-3
+PROBE_TOKENS = 48  # in three packed documents
+
+
+def check_student(
+    folder: Path, info: ModelInfo, kept: Kept, replaced: Mapping[str, Tensor] | None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Points 1 to 4 for a freshly cut student. Raises ArtifactError for the first that doesn't hold."""
+    shape = read_model(folder, trust_remote_code).shape
+    student = load_model(folder, torch.float32, trust_remote_code).eval()
+    found, promised = sum(p.numel() for p in student.parameters()), num_parameters(info, shape)
+    if found != promised:
+        raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
+    ids, positions = _probe(shape.vocab_size)
+    ours = logits(student, ids, positions)
+    del student
+    teacher = load_model(info.folder, torch.float32, trust_remote_code).eval()
+    if replaced:
+        stored = {name: getattr(torch, _TORCH[info.tensors[name].dtype]) for name in replaced}
+        fold(teacher, {name: value.to(stored[name]).float() for name, value in replaced.items()})
+    with masked(teacher, kept) as silenced:
+        theirs = logits(silenced, ids, positions)
+    difference = relative_difference(ours, theirs)
+    if not difference <= TOLERANCE:
+        raise ArtifactError(
+            f"{folder}: its logits differ from the masked teacher's by {difference:.2g} of their spread, more than "
+            f"{TOLERANCE}: the axis table's rows of {info.family.title} are wrong for this model. Check them by "
+            "stage=selftest, and please report this"
+        )
+    return {
+        "strict_load": True,
+        "num_parameters": found,
+        "logits_difference": difference,
+        "engines": engine_report(info.family.model_type, shape),
+    }
+
+
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Token ids (1, T) over the whole vocabulary, and positions of three packed documents."""
+    ids = (torch.arange(PROBE_TOKENS) * max(1, vocab_size // PROBE_TOKENS) + 3) % vocab_size
+    lengths = (PROBE_TOKENS // 2, PROBE_TOKENS // 3, PROBE_TOKENS - PROBE_TOKENS // 2 - PROBE_TOKENS // 3)
+    return ids[None], torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids_BT: Tensor, position_ids: Tensor) -> Tensor:
+    """(B, T, V), packed documents isolated, as every stage runs a model."""
+    masks = packed_masks(model, position_ids)
+    found: Tensor = model(input_ids=ids_BT, position_ids=position_ids, attention_mask=masks, use_cache=False).logits
+    return found
+
+
+def relative_difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference over the spread; NumericalError where there is nothing to compare."""
+    if not bool(one.isfinite().all() and other.isfinite().all()):
+        raise NumericalError("the logits of the student or of the masked teacher are not finite; check the weights")
+    return (one - other).abs().max().item() / max(other.std().item(), 1e-12)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    sizes: tuple[str, ...]
+    multiple_of: int | None
+    at_most: int | None
+    one_of: tuple[int, ...] | None
+    needed: bool
+    source: str
+
+    def broken(self, values: Mapping[str, int]) -> list[str]:
+        """What doesn't hold, in words; a size of 0 isn't there."""
+        found = []
+        for size in self.sizes:
+            value = values[size]
+            if value and self.multiple_of and value % self.multiple_of:
+                found.append(f"{size}={value} is no multiple of {self.multiple_of}")
+            if value and self.at_most and value > self.at_most:
+                found.append(f"{size}={value} is more than {self.at_most}")
+            if value and self.one_of and value not in self.one_of:
+                found.append(f"{size}={value} is none of {', '.join(map(str, self.one_of))}")
+        return found
+
+
+@cache
+def _engines() -> dict[str, dict[str, Any]]:
+    content = yaml.safe_load(ENGINES.read_text())
+    for engine in content.values():
+        engine["rules"] = [
+            _Rule(
+                tuple(rule["sizes"]),
+                rule.get("multiple_of"),
+                rule.get("at_most"),
+                tuple(rule["one_of"]) if "one_of" in rule else None,
+                rule["needed"],
+                rule["source"],
+            )
+            for rule in engine["rules"]
+        ]
+    found: dict[str, dict[str, Any]] = content
+    return found
+
+
+def engine_report(model_type: str, shape: Shape) -> dict[str, dict[str, Any]]:
+    """For each engine whether the sizes suit it: `runs` yes, slower or no, why, and the tensor-parallel sizes."""
+    values = {
+        **vars(shape),
+        "query_width": shape.num_attention_heads * shape.head_dim,
+        "key_value_width": shape.num_key_value_heads * shape.head_dim,
+    }
+    report = {}
+    for name, engine in _engines().items():
+        why, runs = [], "yes"
+        if model_type not in engine.get("families", [model_type]):
+            runs, why = "no", [f"model_type={model_type} is not among those it is known to read"]
+        for rule in engine["rules"]:
+            for problem in rule.broken(values):
+                why.append(f"{problem} ({rule.source})")
+                runs = "no" if rule.needed or runs == "no" else "slower"
+        report[name] = {"title": engine["title"], "runs": runs, "why": why}
+        if engine.get("tensor_parallel"):
+            heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+            report[name]["tensor_parallel"] = [
+                ranks
+                for ranks in (1, 2, 4, 8, 16)
+                if heads % ranks == 0 and (groups % ranks == 0 or ranks % groups == 0)
+            ]
+    return report
