@@ -158,6 +158,7 @@ class PruneConfig:
     depth_criterion: DepthCriterion | None = None  # of score.depth; none = its first
     removed_layers: list[int] | None = None  # by hand, instead of the depth criterion
     compensate: bool = False  # kept MLP channels and heads absorb what the removed ones did, by least squares
+    merge_heads: bool = False  # Minitron's residual merge: removed heads are folded into kept ones
     compensate_sequences: int = 128  # of calibration text, or as many as there are
 
 
@@ -473,6 +474,11 @@ def check(config: CompressConfig) -> None:
         raise ConfigError(
             f"prune.removed_layers={config.prune.removed_layers} can't be combined with prune.max_parameters="
             f"{config.prune.max_parameters:,.0f}, which chooses the layers; set one of the two to null"
+        )
+    if config.prune.merge_heads and config.prune.compensate:
+        raise ConfigError(
+            "prune.merge_heads=true can't be combined with prune.compensate=true, which is fitted to heads as they "
+            "are; set one of the two to false"
         )
     _check_criteria(config)
     for split in ("train", "calibration", "validation"):

@@ -22,6 +22,7 @@ from compress.errors import ConfigError
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
 from compress.inputs import teacher_of
+from compress.merging import merged_weights
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
@@ -69,7 +70,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         log.info("%d legal shapes within the budget; best predicted: %s", len(candidates), _sizes(shape))
     width, depth = config.prune.width_criterion, config.prune.depth_criterion
     kept = select(importance, shape, removed, width=width, depth=depth)
-    replaced = _compensate(config, run_dir, info, kept) if config.prune.compensate else None
+    replaced = _replaced(config, run_dir, info, importance, kept)
     gone = sorted(set(range(info.shape.num_hidden_layers)) - set(kept["layers"].tolist()))
     building = run_dir / ".prune"
     try:
@@ -85,6 +86,17 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         replace_contents(building, run_dir / "prune")
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _replaced(
+    config: CompressConfig, run_dir: Path, info: ModelInfo, importance: Importance, kept: Kept
+) -> dict[str, torch.Tensor]:
+    """Full-size weights that are cut instead of the teacher's own; none by default."""
+    if config.prune.compensate:
+        return _compensate(config, run_dir, info, kept)
+    if config.prune.merge_heads:
+        return merged_weights(info, importance.width(config.prune.width_criterion), kept)
+    return {}
 
 
 def _compensate(config: CompressConfig, run_dir: Path, info: ModelInfo, kept: Kept) -> dict[str, torch.Tensor]:
@@ -184,6 +196,7 @@ def _report(
         "kept_parameters_ratio": after / before,
         "removed_layers": list(removed),
         "compensated": config.prune.compensate,
+        "merged_heads": config.prune.merge_heads,
         "width_criterion": config.prune.width_criterion or next(iter(importance.widths)),
         "choices": _choices(config, info, importance, shape, candidates is not None),
     }
