@@ -10,18 +10,21 @@ removed layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.architecture import Taps, shape_of, taps
+from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.errors import NumericalError
-from compress.families import AXES, family_of
+from compress.families import Part, Shape, family_of
 from compress.models import decoder_layers, set_decoder_layers
+from compress.slicing import Kept, kept_elements
 from compress.step import trunk
+from compress.streaming import LayerStream, Progress, TensorFolder, sweep
 from compress.tokens import TokenBatch
 
 DAMPING = 0.01
@@ -49,10 +52,49 @@ def reconstruct(weight_OX: Tensor, moment_XX: Tensor, kept_K: Tensor, damping: f
     return result.to(weight_OX.dtype)
 
 
+class _Moments:
+    """Sums over real tokens of x x^T of the matrices of a layer that read a pruned axis."""
+
+    def __init__(self, where: Taps, shape: Shape, kept: Kept) -> None:
+        self.where, self.shape, self.kept = where, shape, kept
+        self.valid_BT = torch.zeros(0)
+        self.moments: dict[str, Tensor] = {}  # by the layer's position and the module's name in it
+
+    def attach(self, layer: nn.Module, position: int) -> list[Callable[[], None]]:
+        """Listen to the kept layer of this position; empty where nothing that it reads is pruned."""
+        return [self._listen(layer, name, position) for name in self._columns(position)]
+
+    def _columns(self, position: int) -> dict[str, Tensor]:
+        """Module in a layer -> the columns of its matrix that are kept."""
+        found = {}
+        for axis, pattern in (("intermediate", self.where.intermediate), ("query_heads", self.where.query_heads)):
+            if pattern is None:
+                continue
+            columns = kept_elements((Part(axis),), position, None, self.kept, self.shape)
+            if columns is not None:
+                found[pattern.partition(".layers.*.")[2]] = columns
+        return found
+
+    def _listen(self, layer: nn.Module, name: str, position: int) -> Callable[[], None]:
+        def hook(_module: nn.Module, arguments: Any, _output: Tensor) -> None:
+            values_NX = arguments[0][self.valid_BT].float()
+            key = f"{position}.{name}"
+            if key not in self.moments:
+                self.moments[key] = values_NX.new_zeros(values_NX.shape[1], values_NX.shape[1])
+            self.moments[key].addmm_(values_NX.T, values_NX)
+
+        return layer.get_submodule(name).register_forward_hook(hook).remove
+
+    def solve(self, layer: nn.Module, position: int) -> dict[str, Tensor]:
+        """Module in the layer -> its full-size weight; the moments are let go."""
+        return {
+            name: reconstruct(layer.get_parameter(f"{name}.weight"), self.moments.pop(f"{position}.{name}"), columns)
+            for name, columns in self._columns(position).items()
+        }
+
+
 @torch.no_grad()
-def compensated_weights(
-    model: PreTrainedModel, batches: Iterable[TokenBatch], kept: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def compensated_weights(model: PreTrainedModel, batches: Iterable[TokenBatch], kept: Kept) -> dict[str, Tensor]:
     """Full-size replacements, by the teacher's tensor names, for every matrix that reads a pruned axis.
 
     Those are down_proj where `intermediate` is pruned and o_proj where query heads are. One forward pass over the
@@ -61,48 +103,59 @@ def compensated_weights(
 
     The model's removed layers are put back before it returns.
     """
-    where = taps(family_of(model.config.to_dict(), "the model"))
-    shape, layers = shape_of(model.config), decoder_layers(model)
-    chosen = {
-        module.replace("*", str(layer)): kept[axis][position]
-        for axis, module in _readers(where).items()
-        for position, layer in enumerate(kept["layers"].tolist())
-        if kept[axis].shape[1] < getattr(shape, AXES[axis])
-    }
-    if not chosen:
+    family, layers = family_of(model.config.to_dict(), "the model"), decoder_layers(model)
+    found = _Moments(taps(family), shape_of(model.config), kept)
+    numbers = kept["layers"].tolist()
+    undo = [remove for position, n in enumerate(numbers) for remove in found.attach(layers[n], position)]
+    if not undo:
         return {}
-    moments: dict[str, Tensor] = {}
-    valid_BT = torch.zeros(0)
-
-    def listen(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, arguments: Any, _output: Tensor) -> None:
-            values_NX = arguments[0][valid_BT].float()
-            if name not in moments:
-                moments[name] = values_NX.new_zeros(values_NX.shape[1], values_NX.shape[1])
-            moments[name].addmm_(values_NX.T, values_NX)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in chosen]
     try:
-        set_decoder_layers(model, [layers[layer] for layer in kept["layers"].tolist()])
+        set_decoder_layers(model, [layers[number] for number in numbers])
         for batch in batches:
-            valid_BT = batch.valid_mask
+            found.valid_BT = batch.valid_mask
             trunk(model, batch)
     finally:
         set_decoder_layers(model, layers)
-        for handle in handles:
-            handle.remove()
-    result = {}
-    for name, kept_units in chosen.items():
-        columns = kept_units
-        if name.endswith(where.query_heads.rsplit(".", 1)[-1]):
-            columns = (kept_units[:, None] * shape.head_dim + torch.arange(shape.head_dim)).flatten()
-        result[f"{name}.weight"] = reconstruct(model.get_parameter(f"{name}.weight"), moments[name], columns)
+        for remove in undo:
+            remove()
+    return {
+        f"{family.layers}{number}.{name}.weight": weight
+        for position, number in enumerate(numbers)
+        for name, weight in found.solve(layers[number], position).items()
+    }
+
+
+@torch.no_grad()
+def stream_compensated_weights(
+    info: ModelInfo,
+    dtype: torch.dtype,
+    batches: Sequence[TokenBatch],
+    kept: Kept,
+    spill: Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda steps, total: steps,
+) -> Mapping[str, Tensor]:
+    """The weights of `compensated_weights`, with one layer in memory at a time; they lie in files under `spill`."""
+    found = _Moments(taps(info.family), info.shape, kept)
+    numbers = kept["layers"].tolist()
+    result = TensorFolder(spill)
+
+    def visit(model: PreTrainedModel, number: int) -> Callable[[], None]:
+        layer, position = decoder_layers(model)[0], numbers.index(number)
+        undo = found.attach(layer, position)
+
+        def leave() -> None:
+            for remove in undo:
+                remove()
+            for name, weight in found.solve(layer, position).items():
+                result.add(f"{info.family.layers}{number}.{name}.weight", weight)
+
+        return leave
+
+    def before(batch: TokenBatch) -> None:
+        found.valid_BT = batch.valid_mask
+
+    stream = LayerStream(info, dtype, trust_remote_code)
+    sweep(stream, batches, numbers, visit, before, spill=spill, progress=progress)
     return result
-
-
-def _readers(where: Taps) -> dict[str, str]:
-    """Axis -> pattern of the module whose input lies on it."""
-    readers = {"intermediate": where.intermediate, "query_heads": where.query_heads}
-    return {axis: module for axis, module in readers.items() if module is not None}

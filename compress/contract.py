@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,16 +21,15 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, num_parameters
 from compress.errors import ArtifactError, NumericalError
 from compress.families import Shape
 from compress.folders import read_model
-from compress.masking import fold, masked
-from compress.models import load_model
+from compress.masking import mask_layer, mask_outside
+from compress.models import decoder_layers, load_model
 from compress.slicing import Kept
-from compress.step import packed_masks
+from compress.streaming import LayerStream, through_layer
 
 log = logging.getLogger(__name__)
 ENGINES = Path(__file__).parent / "engines.yaml"
@@ -39,24 +39,31 @@ PROBE_TOKENS = 48  # in three packed documents
 
 
 def check_student(
-    folder: Path, info: ModelInfo, kept: Kept, replaced: Mapping[str, Tensor] | None, trust_remote_code: bool = False
+    folder: Path,
+    info: ModelInfo,
+    kept: Kept,
+    replaced: Mapping[str, Tensor] | None,
+    trust_remote_code: bool = False,
+    *,
+    whole: bool = True,
 ) -> dict[str, Any]:
-    """Points 1 to 4 for a freshly cut student. Raises ArtifactError for the first that doesn't hold."""
-    shape = read_model(folder, trust_remote_code).shape
-    student = load_model(folder, torch.float32, trust_remote_code).eval()
-    found, promised = sum(p.numel() for p in student.parameters()), num_parameters(info, shape)
+    """Points 1 to 4 for a freshly cut student. Raises ArtifactError for the first that doesn't hold.
+
+    Logits are compared a layer at a time, so models of any size are. `whole` False for a student that doesn't fit into
+    memory: then transformers loads it strictly a layer at a time too.
+    """
+    student = read_model(folder, trust_remote_code)
+    promised = num_parameters(info, student.shape)
+    found = sum(math.prod(tensor.shape) for tensor in student.tensors.values())
+    if whole:
+        stored = getattr(torch, _TORCH[student.tensors[student.family.embedding].dtype])
+        found = sum(p.numel() for p in load_model(folder, stored, trust_remote_code).parameters())
     if found != promised:
         raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
-    ids, positions = _probe(shape.vocab_size)
-    ours = logits(student, ids, positions)
-    del student
-    teacher = load_model(info.folder, torch.float32, trust_remote_code).eval()
-    if replaced:
-        stored = {name: getattr(torch, _TORCH[info.tensors[name].dtype]) for name in replaced}
-        fold(teacher, {name: value.to(stored[name]).float() for name, value in replaced.items()})
-    with masked(teacher, kept) as silenced:
-        theirs = logits(silenced, ids, positions)
-    difference = relative_difference(ours, theirs)
+    ids, positions = _probe(student.shape.vocab_size)
+    ours = streamed_logits(LayerStream(student, torch.float32, trust_remote_code), ids, positions)
+    teacher = LayerStream(info, torch.float32, trust_remote_code)
+    difference = relative_difference(ours, streamed_logits(teacher, ids, positions, kept, replaced or {}))
     if not difference <= TOLERANCE:
         raise ArtifactError(
             f"{folder}: its logits differ from the masked teacher's by {difference:.2g} of their spread, more than "
@@ -67,8 +74,42 @@ def check_student(
         "strict_load": True,
         "num_parameters": found,
         "logits_difference": difference,
-        "engines": engine_report(info.family.model_type, shape),
+        "engines": engine_report(info.family.model_type, student.shape),
     }
+
+
+@torch.no_grad()
+def streamed_logits(
+    stream: LayerStream,
+    ids_BT: Tensor,
+    position_ids: Tensor,
+    kept: Kept | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """(B, T, V), a layer at a time: of the model itself, or of the teacher masked to what is kept."""
+    info = stream.info
+    numbers = range(stream.num_layers) if kept is None else kept["layers"].tolist()
+    hidden_BTD = final_BTD = torch.zeros(0)
+    for position, number in enumerate(numbers):
+        model = stream.layer(number)
+        layer = decoder_layers(model)[0]
+        if kept is not None:
+            mask_outside(model, info.family, info.shape, kept)
+            mask_layer(layer, position, info.family, info.shape, kept)
+        for name, weight in _of_layer(replaced or {}, f"{info.family.layers}{number}."):
+            stored = getattr(torch, _TORCH[info.tensors[name].dtype])
+            layer.get_parameter(name.partition(f".{number}.")[2]).copy_(weight.to(stored))
+        if position == 0:
+            hidden_BTD = stream.embed(model, ids_BT)
+            if kept is not None:
+                silent_D = torch.ones(info.shape.hidden_size, dtype=torch.bool).index_fill(0, kept["hidden"], False)
+                hidden_BTD = hidden_BTD.masked_fill(silent_D, 0)
+        hidden_BTD, final_BTD = through_layer(model, hidden_BTD, position_ids)
+    return stream.head_logits(final_BTD.flatten(0, 1)).unflatten(0, tuple(ids_BT.shape))
+
+
+def _of_layer(replaced: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    return ((name, replaced[name]) for name in replaced if name.startswith(prefix))
 
 
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -79,14 +120,6 @@ def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
     ids = (torch.arange(PROBE_TOKENS) * max(1, vocab_size // PROBE_TOKENS) + 3) % vocab_size
     lengths = (PROBE_TOKENS // 2, PROBE_TOKENS // 3, PROBE_TOKENS - PROBE_TOKENS // 2 - PROBE_TOKENS // 3)
     return ids[None], torch.cat([torch.arange(length) for length in lengths])[None]
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids_BT: Tensor, position_ids: Tensor) -> Tensor:
-    """(B, T, V), packed documents isolated, as every stage runs a model."""
-    masks = packed_masks(model, position_ids)
-    found: Tensor = model(input_ids=ids_BT, position_ids=position_ids, attention_mask=masks, use_cache=False).logits
-    return found
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:

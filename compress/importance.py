@@ -11,6 +11,7 @@ it doesn't depend on how sequences are put into batches. Gradients and weights: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.architecture import Taps, shape_of, taps
+from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.criteria import Criterion, parse_criterion
 from compress.errors import NumericalError
 from compress.families import Family, Shape, family_of
 from compress.models import decoder_layers
 from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
+from compress.streaming import LayerStream, Progress, sweep
 from compress.tokens import TokenBatch
 
 
@@ -109,14 +111,18 @@ class Listener:
             undo.append(self._listen_experts(experts, f"{number}.experts"))
         return undo
 
-    def start(self, valid_BT: Tensor) -> bool:
-        """Say which tokens of the coming batch are real; False when none is, and the batch isn't worth running."""
+    def start(self, valid_BT: Tensor, count: bool = True) -> bool:
+        """Say which tokens of the coming batch are real; False when none is, and the batch isn't worth running.
+
+        `count` False for a batch that comes again, to another layer.
+        """
         real_B = valid_BT.any(1)
         self.all_valid_BT = valid_BT
         self.real_B = None if bool(real_B.all()) else real_B
         self.valid_BT = None if bool(valid_BT.all()) else valid_BT[real_B]
-        self.num_sequences += int(real_B.sum())
-        self.num_tokens += int(valid_BT.sum())
+        if count:
+            self.num_sequences += int(real_B.sum())
+            self.num_tokens += int(valid_BT.sum())
         return bool(real_B.any())
 
     def _add(self, name: str, values_BTX: Tensor) -> None:
@@ -182,11 +188,12 @@ class Listener:
 
         return undo
 
-    def finish(self, layers: Sequence[nn.Module] | None, shape: Shape, criteria: Sequence[Criterion]) -> Importance:
-        """The scores by each activation criterion. `layers` for the weights of weighted ones."""
+    def finish(
+        self, norms: Sequence[dict[str, Tensor]] | None, shape: Shape, criteria: Sequence[Criterion]
+    ) -> Importance:
+        """The scores by each activation criterion; `norms` (`reader_norms` of every layer) for weighted ones."""
         if self.num_tokens == 0:
             raise NumericalError("the calibration batches hold no real token to score; check data.calibration")
-        norms = None if layers is None else [reader_norms(layer, self.where) for layer in layers]
         widths = {}
         for criterion in criteria:
             if criterion.kind in ("activation", "weighted_activation"):
@@ -370,4 +377,52 @@ def estimate_importance(
             remove()
         model.train(training)
     weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
-    return listener.finish(list(layers) if weighted else None, shape, parsed)
+    norms = [reader_norms(layer, listener.where) for layer in layers] if weighted else None
+    return listener.finish(norms, shape, parsed)
+
+
+@torch.no_grad()
+def stream_importance(
+    info: ModelInfo,
+    dtype: torch.dtype,
+    batches: Sequence[TokenBatch],
+    criteria: Sequence[str] = ("activation:l2/mean",),
+    *,
+    spill: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda steps, total: steps,
+) -> Importance:
+    """The scores of `estimate_importance`, bit for bit, with one layer of the model in memory at a time.
+
+    Args:
+        batches: calibration; kept as token ids.
+        spill: a folder for their hidden states; None keeps them in memory.
+    """
+    parsed = [parse_criterion(text) for text in criteria]
+    stream = LayerStream(info, dtype, trust_remote_code)
+    batches = [batch for batch in batches if bool(batch.valid_mask.any())]
+    aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
+    listener = Listener(info.family, stream.num_layers, aggregations)
+    weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
+    norms: list[dict[str, Tensor]] = []
+    first = True
+
+    def visit(model: PreTrainedModel, number: int) -> Callable[[], None]:
+        nonlocal first
+        first = number == 0
+        layer = decoder_layers(model)[0]
+        if weighted:
+            norms.append(reader_norms(layer, listener.where))
+        undo = listener.attach(layer, number)
+
+        def leave() -> None:
+            for remove in undo:
+                remove()
+
+        return leave
+
+    def before(batch: TokenBatch) -> None:
+        listener.start(batch.valid_mask, count=first)
+
+    sweep(stream, batches, range(stream.num_layers), visit, before, spill=spill, progress=progress)
+    return listener.finish(norms if weighted else None, info.shape, parsed)

@@ -37,9 +37,9 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[PreTrainedModel]:
     types = getattr(model.config, "layer_types", None)
     undo: list[Callable[[], None]] = []
     try:
-        undo += _mask_outside(model, family, shape, kept)
+        undo += mask_outside(model, family, shape, kept)
         for position, number in enumerate(numbers):
-            undo += _mask_layer(layers[number], position, family, shape, kept)
+            undo += mask_layer(layers[number], position, family, shape, kept)
         set_decoder_layers(model, [layers[number] for number in numbers])
         model.config.num_hidden_layers = len(numbers)
         if types is not None:
@@ -54,7 +54,8 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[PreTrainedModel]:
             model.config.layer_types = types
 
 
-def _mask_outside(model: PreTrainedModel, family: Family, shape: Shape, kept: Kept) -> list[Callable[[], None]]:
+def mask_outside(model: PreTrainedModel, family: Family, shape: Shape, kept: Kept) -> list[Callable[[], None]]:
+    """Mask what lies before and behind the layers: the embedding and its scale, the last norm."""
     embedding: Any = model.get_input_embeddings()
     undo = [_zero_output(embedding, _silent(kept["hidden"], shape.hidden_size))]
     scale = getattr(embedding, "embed_scale", None)
@@ -68,7 +69,8 @@ def _mask_outside(model: PreTrainedModel, family: Family, shape: Shape, kept: Ke
     return undo
 
 
-def _mask_layer(layer: nn.Module, position: int, family: Family, shape: Shape, kept: Kept) -> list[Callable[[], None]]:
+def mask_layer(layer: nn.Module, position: int, family: Family, shape: Shape, kept: Kept) -> list[Callable[[], None]]:
+    """Mask the kept layer of this position in the student; returns what undoes it."""
     where, undo = taps(family), []
     silent_D = _silent(kept["hidden"], shape.hidden_size)
     for axis, pattern in (("intermediate", where.intermediate), ("query_heads", where.query_heads)):

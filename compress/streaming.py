@@ -1,0 +1,211 @@
+"""One decoder layer of a checkpoint at a time: scoring, compensation and proof for models larger than memory.
+
+Each layer is read from the shards into a model of that one layer (transformers' own class and loader, so masks, rotary
+tables and fused experts are as in the whole), the calibration text's hidden states pass through it, and it is freed.
+What is held is one layer, one batch of activations, and the hidden states, in memory or in a file.
+"""
+
+# B sequences of a batch, S sequences of all batches, T tokens, D hidden, V vocabulary, N picked tokens
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from compress.architecture import ModelInfo, config_layer_types, layer_of, renumber
+from compress.artifacts import open_tensors, save_tensors
+from compress.errors import ArtifactError
+from compress.models import decoder_layers
+from compress.objectives import soft_cap_
+from compress.step import packed_masks
+from compress.tokens import TokenBatch
+
+_TINY_VOCABULARY = 8  # the one-layer models have an embedding that nobody asks
+_ROWS = 8192  # of the output head in a product
+Progress = Callable[[Iterator[Any], int], Iterable[Any]]
+
+
+class LayerStream:
+    """The layers of a checkpoint folder, one by one."""
+
+    def __init__(self, info: ModelInfo, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        self.info, self.dtype, self.trust = info, dtype, trust_remote_code
+        self.num_layers = info.shape.num_hidden_layers
+        self._readers: dict[str, Any] = {}
+        self._types = config_layer_types(info.parsed)
+        self._names: list[list[str]] = [[] for _ in range(self.num_layers)]
+        for name in info.tensors:
+            layer = layer_of(name)
+            if layer is not None:
+                self._names[layer].append(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the checkpoint as it is stored, mapped from its shard."""
+        shard = self.info.tensors[name].shard
+        if shard not in self._readers:
+            self._readers[shard] = open_tensors(self.info.folder / shard)
+        found: Tensor = self._readers[shard].get_tensor(name)
+        return found
+
+    def layer(self, number: int) -> PreTrainedModel:
+        """A model of this layer alone, frozen and in eval mode, with the whole model's last norm behind it.
+
+        Raises ArtifactError when transformers doesn't find all of the layer's tensors, or finds others.
+        """
+        config = copy.deepcopy(self.info.parsed)
+        config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, _TINY_VOCABULARY, False
+        if self._types is not None:
+            config.layer_types = [self._types[number]]
+        state = {renumber(name, 0, None): self.tensor(name) for name in self._names[number]}
+        state |= {name: self.tensor(name) for name in self._outside()}
+        exact = {"experts_implementation": "eager"} if self.dtype == torch.float64 else {}
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        loaded: Any = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True, **exact
+        )
+        model: PreTrainedModel = loaded[0]
+        facts: dict[str, Any] = loaded[1]
+        vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        tiny = {name for name, parameter in model.named_parameters() if any(parameter is w for w in vocabulary)}
+        missing = sorted(set(facts["missing_keys"]) - tiny)
+        wrong = [*missing, *map(str, facts["unexpected_keys"]), *map(str, facts["mismatched_keys"])]
+        if wrong:
+            raise ArtifactError(f"{self.info.folder}: layer {number} doesn't load: {wrong[:3]}; fetch or make it again")
+        return model.eval().requires_grad_(False)
+
+    def _outside(self) -> list[str]:
+        """The last norm's tensors."""
+        family = self.info.family
+        return [n for n in self.info.tensors if layer_of(n) is None and n not in (family.embedding, family.head)]
+
+    def embed(self, model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+        """The embedding's output (B, T, D), reading only the rows that are asked for; `model` is any of the layers'."""
+        rows = self.tensor(self.info.family.embedding)
+        used, place = ids_BT.flatten().unique(return_inverse=True)
+        hidden_BTD = rows[used].to(self.dtype)[place].unflatten(0, tuple(ids_BT.shape))
+        scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+        return hidden_BTD if scale is None else hidden_BTD * torch.as_tensor(scale).to(self.dtype)
+
+    def head_logits(self, final_ND: Tensor) -> Tensor:
+        """(N, V) in float32, from the head's rows a block at a time."""
+        family = self.info.family
+        weight_VD = self.tensor(family.embedding if self.info.shape.tied else family.head)
+        blocks = [final_ND @ rows_RD.to(final_ND.dtype).T for rows_RD in weight_VD.split(_ROWS)]
+        cap = getattr(self.info.parsed, "final_logit_softcapping", None)
+        return soft_cap_(torch.cat(blocks, -1), cap).float()
+
+
+def through_layer(model: PreTrainedModel, hidden_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(the layer's output, the same behind the model's last norm), packed documents isolated."""
+    seen: list[Tensor] = []
+
+    def take(_module: Any, _arguments: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_layers(model)[0].register_forward_hook(take)
+    try:
+        output = model.base_model(
+            inputs_embeds=hidden_BTD,
+            position_ids=position_ids_BT,
+            attention_mask=packed_masks(model, position_ids_BT),
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    return seen[0], output.last_hidden_state
+
+
+class States:
+    """Hidden states of every batch between two layers; in memory, or in a file where a folder for it is given."""
+
+    def __init__(self, batches: Sequence[TokenBatch], hidden_size: int, dtype: torch.dtype, spill: Path | None) -> None:
+        self.batches = batches
+        self.path = None if spill is None else spill / "hidden.bin"
+        counts = [batch.input_ids.numel() * hidden_size for batch in batches]
+        if self.path is None:
+            whole = torch.empty(sum(counts), dtype=dtype)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            needed = sum(counts) * dtype.itemsize
+            free = shutil.disk_usage(self.path.parent).free
+            if needed > free:
+                raise ArtifactError(
+                    f"{self.path}: the calibration text's hidden states take {needed / 1e9:.1f} GB and "
+                    f"{free / 1e9:.1f} GB are free; lower score.num_sequences, or set run_dir= to a larger disk"
+                )
+            whole = torch.from_file(str(self.path), shared=True, size=sum(counts), dtype=dtype)
+        shapes = [(*batch.input_ids.shape, hidden_size) for batch in batches]
+        self.of = [part.view(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]
+
+    def close(self) -> None:
+        self.of = []
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def sweep(
+    stream: LayerStream,
+    batches: Sequence[TokenBatch],
+    layers: Sequence[int],
+    visit: Callable[[PreTrainedModel, int], Callable[[], None]],
+    before: Callable[[TokenBatch], None] = lambda batch: None,
+    *,
+    spill: Path | None = None,
+    progress: Progress = lambda steps, total: steps,
+) -> None:
+    """Pass the batches through `layers` in their order, as a model of these layers would be.
+
+    `visit(model, number)` is called when a layer is loaded, to attach its hooks, and what it returns when all batches
+    have passed. `before` is called before each batch of each layer.
+    """
+    states = States(batches, stream.info.shape.hidden_size, stream.dtype, spill)
+
+    def steps() -> Iterator[TokenBatch]:
+        for place, number in enumerate(layers):
+            with torch.no_grad():  # a generator's body runs in its caller's mode
+                model = stream.layer(number)
+                leave = visit(model, number)
+                for batch, slot_BTD in zip(batches, states.of, strict=True):
+                    before(batch)
+                    hidden_BTD = stream.embed(model, batch.input_ids) if place == 0 else slot_BTD
+                    slot_BTD.copy_(through_layer(model, hidden_BTD, batch.position_ids)[0])
+                    yield batch
+                leave()
+                del model
+
+    try:
+        for _ in progress(steps(), len(layers) * len(batches)):
+            pass
+    finally:
+        states.close()
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """Tensors written one by one into files of their own and read back when asked for; for what doesn't fit at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        path = self.folder / f"{len(self._files):05d}.safetensors"
+        save_tensors(path, {"tensor": tensor.contiguous()})
+        self._files[name] = path
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = open_tensors(self._files[name]).get_tensor("tensor")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
