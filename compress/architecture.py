@@ -12,8 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from compress.artifacts import open_tensors
 from compress.errors import ArchitectureError, ConfigError
 from compress.families import PRUNABLE, Family, Part, Row, Shape, family_of
 
@@ -30,6 +32,23 @@ class TensorInfo:
     dtype: str
 
 
+class Shards:
+    """A checkpoint's tensors, one shard open at a time: what is mapped is one file and the tensors that are held."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.folder, self.tensors = folder, tensors
+        self._open: tuple[str, Any] | None = None
+
+    def get(self, name: str) -> Tensor:
+        """A tensor as it is stored. Raises ArtifactError for a shard that can't be read."""
+        shard = self.tensors[name].shard
+        if self._open is None or self._open[0] != shard:
+            self._open = None  # let the last one go first
+            self._open = shard, open_tensors(self.folder / shard)
+        found: Tensor = self._open[1].get_tensor(name)
+        return found
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """A checked checkpoint folder: every tensor that its config.json asks for, and no other."""
@@ -39,6 +58,10 @@ class ModelInfo:
     family: Family
     shape: Shape
     tensors: dict[str, TensorInfo]
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(self.folder, self.tensors)
 
     @cached_property
     def parsed(self) -> PreTrainedConfig:

@@ -138,6 +138,7 @@ class ScoreConfig:
     task_path: str = "embedded:piqa"  # jsonl of {question, choices, label}, for task, task_greedy and task_block
     task_items: int = 64
     max_removed_layers: int | None = None  # how far they go; none = as prune.* asks, else half of the layers
+    stream: bool | None = None  # one layer in memory at a time; none = when the weights don't fit
     micro_batch_size: int = 4
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -105,6 +106,8 @@ def streamed_logits(
                 silent_D = torch.ones(info.shape.hidden_size, dtype=torch.bool).index_fill(0, kept["hidden"], False)
                 hidden_BTD = hidden_BTD.masked_fill(silent_D, 0)
         hidden_BTD, final_BTD = through_layer(model, hidden_BTD, position_ids)
+        del model, layer
+        gc.collect()  # models hold themselves in cycles; the layer must go before the next one comes
     return stream.head_logits(final_BTD.flatten(0, 1)).unflatten(0, tuple(ids_BT.shape))
 
 

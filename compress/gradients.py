@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, expert_of, layer_of, row_of, shape_of, taps
-from compress.artifacts import open_tensors
 from compress.errors import NumericalError
 from compress.families import AXES, Row, Shape, family_of
 from compress.importance import experts_of, run_expert
@@ -32,12 +31,9 @@ def weight_magnitude(info: ModelInfo) -> Widths:
     """
     shape = info.shape
     energy = _empty(shape)
-    readers: dict[str, Any] = {}
-    for name, found in info.tensors.items():
-        if found.shard not in readers:
-            readers[found.shard] = open_tensors(info.folder / found.shard)
-        tensor = readers[found.shard].get_tensor(name)
-        _add_energy(energy, tensor, info.rows[row_of(name)], shape, layer_of(name), expert_of(name))
+    shards = info.shards
+    for name in sorted(info.tensors, key=lambda name: info.tensors[name].shard):
+        _add_energy(energy, shards.get(name), info.rows[row_of(name)], shape, layer_of(name), expert_of(name))
     if info.family.field("num_key_value_heads") is None:
         energy["key_value_heads"] = energy["query_heads"]
     return {axis: found.sqrt().float() for axis, found in energy.items()}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.architecture import ModelInfo, num_parameters
 from compress.config import CompressConfig
 from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import teacher_folder
 from compress.multiple_choice import Item, read_items
+from compress.parallel import available_bytes, resolve_dtype
 from compress.tokens import TokenSet
+
+MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
 
 def teacher_of(config: CompressConfig) -> Path:
@@ -23,6 +27,18 @@ def student_of(config: CompressConfig, run_dir: Path) -> Path:
     """The untrained student: distill.init_from, one pruned elsewhere, or else this run's own."""
     elsewhere = config.distill.init_from
     return Path(elsewhere).expanduser() if elsewhere else run_dir / "prune"
+
+
+def streams(config: CompressConfig, info: ModelInfo) -> bool:
+    """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must."""
+    if config.score.stream is not None:
+        return config.score.stream
+    return whole_bytes(config, info) > MEMORY_SHARE * available_bytes()
+
+
+def whole_bytes(config: CompressConfig, info: ModelInfo) -> int:
+    """Memory of the teacher's weights in the compute dtype."""
+    return num_parameters(info, info.shape) * resolve_dtype(config.compute_dtype).itemsize
 
 
 def check_calibration(config: CompressConfig, tokens: TokenSet) -> None:

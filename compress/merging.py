@@ -11,12 +11,9 @@ writes "head"). The printed range begins at 2K - L, whose partner L + 1 doesn't 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from compress.architecture import ModelInfo, layer_of, row_of
-from compress.artifacts import open_tensors
 from compress.families import Row
 from compress.scores import Widths
 from compress.slicing import Kept
@@ -32,15 +29,13 @@ def merged_weights(info: ModelInfo, scores: Widths, kept: Kept) -> dict[str, Ten
         for position, layer in enumerate(kept["layers"].tolist())
     }
     result = {}
-    readers: dict[str, Any] = {}
-    for name, found in info.tensors.items():
+    shards = info.shards
+    for name in info.tensors:
         layer, row = layer_of(name), info.rows[row_of(name)]
         if not pairs.get(-1 if layer is None else layer) or not _makes_heads(name, row, info):
             continue
         assert layer is not None
-        if found.shard not in readers:
-            readers[found.shard] = open_tensors(info.folder / found.shard)
-        result[name] = _merge(readers[found.shard].get_tensor(name), row, pairs[layer], info)
+        result[name] = _merge(shards.get(name), row, pairs[layer], info)
     return result
 
 

@@ -10,9 +10,11 @@ import contextlib
 import functools
 import logging
 import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,29 @@ def _measured_dtype() -> torch.dtype:
 def resolve_dtype(choice: str) -> torch.dtype:
     """The dtype of activations and products for compute_dtype=auto|bfloat16|float32; master weights stay float32."""
     return _measured_dtype() if choice == "auto" else getattr(torch, choice)
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: what is free, within its control group and its own limits."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024]
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    for limit in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft - _anonymous_bytes())
+    return max(0, min(found))
+
+
+def _anonymous_bytes() -> int:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmData")).split()[1]) * 1024
+    return 0
 
 
 def refuse_several_ranks() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,27 @@ import torch
 
 from compress.architecture import ModelInfo, check_shape, num_parameters, with_sizes
 from compress.artifacts import building_folder, fingerprint_path, replace_contents, save_tensors, write_json
-from compress.compensation import compensated_weights
+from compress.compensation import compensated_weights, stream_compensated_weights
 from compress.config import CompressConfig
 from compress.contract import check_student
 from compress.depth import removal_reach
 from compress.errors import ConfigError
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
-from compress.inputs import teacher_of
+from compress.inputs import streams, teacher_of
 from compress.merging import merged_weights
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
 from compress.scores import Importance, load_importance
 from compress.search import Candidate, Grid, enumerate_shapes, rank
-from compress.slicing import Kept, select, slice_checkpoint
+from compress.slicing import MAX_SHARD_BYTES, Kept, largest_layer_bytes, select, slice_checkpoint
 from compress.tokens import TokenSet
 
 log = logging.getLogger(__name__)
 KEPT = "kept.safetensors"
 REPORT = "report.json"
+SPILL = ".prune-spill"
 NUM_REPORTED = 20  # candidates in the report; the order behind them matters to nobody
 
 
@@ -70,27 +71,35 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         log.info("%d legal shapes within the budget; best predicted: %s", len(candidates), _sizes(shape))
     width, depth = config.prune.width_criterion, config.prune.depth_criterion
     kept = select(importance, shape, removed, width=width, depth=depth)
-    replaced = _replaced(config, run_dir, info, importance, kept)
     gone = sorted(set(range(info.shape.num_hidden_layers)) - set(kept["layers"].tolist()))
-    building = run_dir / ".prune"
+    building, whole = run_dir / ".prune", not streams(config, info)
     try:
+        replaced = _replaced(config, run_dir, info, importance, kept)
         with building_folder(building) as folder:
-            slice_checkpoint(info, folder, kept, replaced=replaced, trust_remote_code=config.teacher.trust_remote_code)
+            slice_checkpoint(
+                info,
+                folder,
+                kept,
+                replaced=replaced,
+                max_shard_bytes=MAX_SHARD_BYTES if whole else largest_layer_bytes(info),
+                trust_remote_code=config.teacher.trust_remote_code,
+            )
             save_tensors(
                 folder / KEPT, kept, {"kept": json.dumps({"format_version": 1, "teacher": asdict(info.shape)})}
             )
-            contract = check_student(folder, info, kept, replaced, config.teacher.trust_remote_code)
+            contract = check_student(folder, info, kept, replaced, config.teacher.trust_remote_code, whole=whole)
             _log_engines(contract["engines"])
             report = _report(config, info, importance, shape, gone, candidates)
             write_json(folder / REPORT, {**report, "contract": contract})
         replace_contents(building, run_dir / "prune")
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(run_dir / SPILL, ignore_errors=True)
 
 
 def _replaced(
     config: CompressConfig, run_dir: Path, info: ModelInfo, importance: Importance, kept: Kept
-) -> dict[str, torch.Tensor]:
+) -> Mapping[str, torch.Tensor]:
     """Full-size weights that are cut instead of the teacher's own; none by default."""
     if config.prune.compensate:
         return _compensate(config, run_dir, info, kept)
@@ -99,20 +108,25 @@ def _replaced(
     return {}
 
 
-def _compensate(config: CompressConfig, run_dir: Path, info: ModelInfo, kept: Kept) -> dict[str, torch.Tensor]:
+def _compensate(config: CompressConfig, run_dir: Path, info: ModelInfo, kept: Kept) -> Mapping[str, torch.Tensor]:
     """Full-size replacements of the matrices that read a pruned axis, from one more pass over calibration text."""
-    trust = config.teacher.trust_remote_code
+    trust, dtype = config.teacher.trust_remote_code, resolve_dtype(config.compute_dtype)
     tokens = TokenSet.open(run_dir / "tokens" / "calibration")
-    model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
-    model.eval().requires_grad_(False)
     size = config.score.micro_batch_size
     count = min(tokens.num_sequences, config.prune.compensate_sequences)
     batches = (tokens.batch(group) for group in tokens.spread(count, size))
-    return compensated_weights(
-        model,
-        track(batches, f"compensating on {count} sequences", -(-count // size), "tok", lambda b: b.input_ids.numel()),
-        kept,
-    )
+
+    def tracked(steps: Iterable[Any], total: int) -> Iterator[Any]:
+        return track(steps, f"compensating on {count} sequences", total, "tok", lambda b: b.input_ids.numel())
+
+    if streams(config, info):
+        spill = run_dir / SPILL
+        return stream_compensated_weights(
+            info, dtype, list(batches), kept, spill, trust_remote_code=trust, progress=tracked
+        )
+    model = load_model(info.folder, dtype, trust)
+    model.eval().requires_grad_(False)
+    return compensated_weights(model, tracked(batches, -(-count // size)), kept)
 
 
 def _teacher(config: CompressConfig) -> ModelInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,11 +23,11 @@ from compress.depth import rank_layers, rank_layers_by_task, removal_reach
 from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.gradients import estimate_taylor, weight_magnitude
-from compress.importance import estimate_importance
-from compress.inputs import check_calibration, task_items, teacher_of
+from compress.importance import estimate_importance, stream_importance
+from compress.inputs import check_calibration, streams, task_items, teacher_of, whole_bytes
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
-from compress.parallel import resolve_dtype
+from compress.parallel import available_bytes, resolve_dtype
 from compress.progress import track
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
 from compress.tokens import TokenBatch, TokenSet
@@ -44,16 +45,21 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     trust = config.teacher.trust_remote_code
     info = read_model(teacher_of(config), trust)
     tokens = _calibration(config, run_dir, info)
-    model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
-    model.eval().requires_grad_(False)
     criteria = [parse_criterion(text) for text in config.score.width]
     started = time.monotonic()
-    importance = _activations(config, model, tokens, criteria)
+    model = None
+    if streams(config, info):
+        importance = _streamed(config, run_dir, info, tokens, criteria)
+    else:
+        model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
+        model.eval().requires_grad_(False)
+        importance = _activations(config, model, tokens, criteria)
     seconds = {"activation": time.monotonic() - started}
     widths = dict(importance.widths)
     for criterion in criteria:
         began = time.monotonic()
         if criterion.kind == "taylor":
+            assert model is not None  # preflight
             widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"))
         elif criterion.kind == "weight_magnitude":
             widths[str(criterion)] = weight_magnitude(info)
@@ -86,6 +92,16 @@ def run(config: CompressConfig, run_dir: Path) -> None:
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError for criteria that this teacher or these settings can't give. Reads no weights."""
     info = read_model(teacher_of(config), config.teacher.trust_remote_code)
+    if streams(config, info):
+        whole = [text for text in config.score.width if parse_criterion(text).kind == "taylor"]
+        whole += [str(c) for c in config.score.depth if c is not DepthCriterion.block_influence]
+        if whole:
+            raise ConfigError(
+                f"{', '.join(whole)}: needs the whole teacher in memory, {whole_bytes(config, info) / 1e9:.1f} GB of "
+                f"weights, and {available_bytes() / 1e9:.1f} GB are free (score.stream={config.score.stream}); choose "
+                "activation, weighted_activation, weight_magnitude and block_influence, or set score.stream=false on a "
+                "larger machine"
+            )
     for criterion in config.score.depth:
         if criterion.is_measured:
             _reach(config, info)
@@ -130,6 +146,30 @@ def _activations(
     return estimate_importance(model, _tracked(config, tokens, "activations"), wanted, similarity=similarity)
 
 
+def _streamed(
+    config: CompressConfig, run_dir: Path, info: ModelInfo, tokens: TokenSet, criteria: Sequence[Criterion]
+) -> Importance:
+    """The same scores with one layer in memory at a time, the hidden states in a file of the run folder."""
+    wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
+    batches = list(_batches(tokens, config.score.num_sequences, config.score.micro_batch_size))
+    spill = run_dir / ".score-spill"
+    try:
+        return stream_importance(
+            info,
+            resolve_dtype(config.compute_dtype),
+            batches,
+            wanted,
+            spill=spill,
+            trust_remote_code=config.teacher.trust_remote_code,
+            progress=lambda steps, total: track(
+                steps, f"scoring {config.score.num_sequences} sequences, a layer at a time", total, "tok",
+                lambda batch: batch.input_ids.numel(),
+            ),
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
+
+
 def _reach(config: CompressConfig, info: ModelInfo) -> int:
     return removal_reach(info.shape.num_hidden_layers, config.prune.num_hidden_layers, config.score.max_removed_layers)
 
@@ -137,7 +177,7 @@ def _reach(config: CompressConfig, info: ModelInfo) -> int:
 def _depth(
     config: CompressConfig,
     info: ModelInfo,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokens: TokenSet,
     importance: Importance,
     criterion: DepthCriterion,
@@ -149,6 +189,7 @@ def _depth(
         assert importance.similarity_SS is not None
         return by_similarity(importance.similarity_SS), {}
     reach = _reach(config, info)
+    assert model is not None  # preflight
 
     def progress(trials: Iterator[Any], total: int) -> Iterator[Any]:
         return track(trials, f"removing {reach} layers by {criterion}", total, "trial")

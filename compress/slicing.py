@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ from compress.architecture import (
     tensor_shapes,
     with_sizes,
 )
-from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, open_tensors, save_tensors, write_json
+from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, save_tensors, write_json
 from compress.errors import ConfigError
 from compress.families import AXES, Dimension, Part, Row, Shape
 from compress.folders import read_model
@@ -204,30 +202,36 @@ def slice_checkpoint(
         shards[-1].append(name)
         used += needed
     weight_map = {}
-    with contextlib.ExitStack() as stack:
-        readers: dict[str, Any] = {}
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = {}
-            for name in names:
-                shard = info.tensors[source_of[name]].shard
-                if shard not in readers:
-                    readers[shard] = stack.enter_context(open_tensors(info.folder / shard))
-                tensor = readers[shard].get_tensor(source_of[name])
-                if replaced and source_of[name] in replaced:
-                    tensor = replaced[source_of[name]].to(tensor.dtype)
-                row = info.rows[row_of(name)]
-                tensors[name] = slice_tensor(tensor, row, layer_of(name), kept, info.shape, expert_of(name))
-                assert tuple(tensors[name].shape) == sizes[name], name
-                weight_map[name] = file
-            save_tensors(dst / file, tensors, {"format": "pt"})
-            del tensors
+    source = info.shards
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name in names:
+            tensor = source.get(source_of[name])
+            if replaced and source_of[name] in replaced:
+                tensor = replaced[source_of[name]].to(tensor.dtype)
+            row = info.rows[row_of(name)]
+            tensors[name] = slice_tensor(tensor, row, layer_of(name), kept, info.shape, expert_of(name))
+            assert tuple(tensors[name].shape) == sizes[name], name
+            weight_map[name] = file
+        save_tensors(dst / file, tensors, {"format": "pt"})
+        del tensors, tensor
     if len(shards) > 1:
         metadata = {"total_size": sum(size_bytes.values())}
         write_json(dst / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
     copy_companions(info.folder, dst, trust_remote_code)
     write_json(dst / "config.json", student_config(info.config, info.family, shape, layers))
     return shape
+
+
+def largest_layer_bytes(info: ModelInfo) -> int:
+    """Of the teacher as it is stored: the size of a shard for a student that is made a layer at a time."""
+    sizes: dict[int, int] = {}
+    for name, tensor in info.tensors.items():
+        layer = layer_of(name)
+        if layer is not None:
+            sizes[layer] = sizes.get(layer, 0) + prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
+    return max(sizes.values())
 
 
 def check_kept(kept: Kept, teacher: Shape) -> None:

@@ -10,6 +10,7 @@ What is held is one layer, one batch of activations, and the hidden states, in m
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class LayerStream:
     def __init__(self, info: ModelInfo, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.info, self.dtype, self.trust = info, dtype, trust_remote_code
         self.num_layers = info.shape.num_hidden_layers
-        self._readers: dict[str, Any] = {}
+        self._shards = info.shards
         self._types = config_layer_types(info.parsed)
         self._names: list[list[str]] = [[] for _ in range(self.num_layers)]
         for name in info.tensors:
@@ -48,11 +49,7 @@ class LayerStream:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the checkpoint as it is stored, mapped from its shard."""
-        shard = self.info.tensors[name].shard
-        if shard not in self._readers:
-            self._readers[shard] = open_tensors(self.info.folder / shard)
-        found: Tensor = self._readers[shard].get_tensor(name)
-        return found
+        return self._shards.get(name)
 
     def layer(self, number: int) -> PreTrainedModel:
         """A model of this layer alone, frozen and in eval mode, with the whole model's last norm behind it.
@@ -179,7 +176,8 @@ def sweep(
                     slot_BTD.copy_(through_layer(model, hidden_BTD, batch.position_ids)[0])
                     yield batch
                 leave()
-                del model
+                del model, leave
+                gc.collect()  # models hold themselves in cycles; the layer must go before the next one comes
 
     try:
         for _ in progress(steps(), len(layers) * len(batches)):

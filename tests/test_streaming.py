@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import resource
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 from families import VARIANTS, logits, make_batch, make_model, rows, save_model
+from safetensors.torch import load_file
 
 from compress.artifacts import open_tensors
 from compress.criteria import AGGREGATIONS
-from compress.errors import ArtifactError, NumericalError
+from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.folders import read_model
 from compress.importance import estimate_importance, stream_importance
+from compress.parallel import available_bytes
 from compress.streaming import LayerStream, States, through_layer
 
 PAIRS = [f"activation:{batch}/{sequence}" for batch, sequence in product(AGGREGATIONS, AGGREGATIONS)]
@@ -81,3 +86,43 @@ def test_scores_that_are_not_finite_and_no_text_are_refused(tmp_path: Path) -> N
         stream_importance(info, torch.float32, [batch])
     with open_tensors(tmp_path / "m" / "model.safetensors") as reader:
         assert reader.keys()
+
+
+def test_a_streamed_run_gives_the_same_scores_and_the_same_student(
+    run: Run, finished_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("prune.compensate=true", "score.width=[weighted_activation:l2/l2,weight_magnitude]")
+    for name, stream in (("whole", "false"), ("streamed", "true")):
+        for stage in ("tokenize", "score", "prune"):
+            run(f"run_dir={tmp_path / name}", f"stage={stage}", f"score.stream={stream}", *settings)
+    for file in ("score/importance.safetensors", "prune/model.safetensors", "prune/kept.safetensors"):
+        whole, streamed = (load_file(tmp_path / name / file) for name in ("whole", "streamed"))
+        assert whole.keys() == streamed.keys()
+        assert all(torch.equal(whole[key], streamed[key]) for key in whole), file
+    assert not [path for path in (tmp_path / "streamed").iterdir() if "spill" in path.name]
+    reports = [
+        json.loads((tmp_path / n / "prune" / "report.json").read_text())["contract"] for n in ("whole", "streamed")
+    ]
+    assert reports[0] == reports[1]
+
+
+def test_what_needs_the_whole_model_is_refused_when_it_does_not_fit(run: Run, tmp_path: Path) -> None:
+    for setting in ("score.width=[taylor]", "score.depth=[kl_greedy]", "score.depth=[block_influence,block_cosine]"):
+        with pytest.raises(
+            ConfigError, match=r"needs the whole teacher in memory, 0.0 GB of weights, and .* GB are free"
+        ):
+            run("score.stream=true", setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_free_memory_is_within_the_process_own_limit() -> None:
+    free = available_bytes()
+    assert 10**8 < free < 10**13
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text()
+    used = int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 5 * 10**8, hard))
+        assert available_bytes() == pytest.approx(5 * 10**8, rel=0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
