@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ log = logging.getLogger(__name__)
 ENGINES = Path(__file__).parent / "engines.yaml"
 # Of the spread of the logits, in float32. A wrong unit is off by 0.1 and more; sums in another order by about 1e-5.
 TOLERANCE = 1e-3
+SEVERITY = ("yes", "slower", "unquantised only", "no")
 PROBE_TOKENS = 48  # in three packed documents
 
 
@@ -107,7 +107,7 @@ def streamed_logits(
                 hidden_BTD = hidden_BTD.masked_fill(silent_D, 0)
         hidden_BTD, final_BTD = through_layer(model, hidden_BTD, position_ids)
         del model, layer
-        gc.collect()  # models hold themselves in cycles; the layer must go before the next one comes
+        stream.let_go()
     return stream.head_logits(final_BTD.flatten(0, 1)).unflatten(0, tuple(ids_BT.shape))
 
 
@@ -138,7 +138,7 @@ class _Rule:
     multiple_of: int | None
     at_most: int | None
     one_of: tuple[int, ...] | None
-    needed: bool
+    otherwise: str  # one of SEVERITY
     source: str
 
     def broken(self, values: Mapping[str, int]) -> list[str]:
@@ -165,7 +165,7 @@ def _engines() -> dict[str, dict[str, Any]]:
                 rule.get("multiple_of"),
                 rule.get("at_most"),
                 tuple(rule["one_of"]) if "one_of" in rule else None,
-                rule["needed"],
+                rule["otherwise"],
                 rule["source"],
             )
             for rule in engine["rules"]
@@ -175,7 +175,7 @@ def _engines() -> dict[str, dict[str, Any]]:
 
 
 def engine_report(model_type: str, shape: Shape) -> dict[str, dict[str, Any]]:
-    """For each engine whether the sizes suit it: `runs` yes, slower or no, why, and the tensor-parallel sizes."""
+    """For each engine whether the sizes suit it: `runs` (one of SEVERITY), why, and the tensor-parallel sizes."""
     values = {
         **vars(shape),
         "query_width": shape.num_attention_heads * shape.head_dim,
@@ -189,7 +189,7 @@ def engine_report(model_type: str, shape: Shape) -> dict[str, dict[str, Any]]:
         for rule in engine["rules"]:
             for problem in rule.broken(values):
                 why.append(f"{problem} ({rule.source})")
-                runs = "no" if rule.needed or runs == "no" else "slower"
+                runs = max(runs, rule.otherwise, key=SEVERITY.index)
         report[name] = {"title": engine["title"], "runs": runs, "why": why}
         if engine.get("tensor_parallel"):
             heads, groups = shape.num_attention_heads, shape.num_key_value_heads

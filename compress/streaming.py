@@ -25,10 +25,12 @@ from compress.artifacts import open_tensors, save_tensors
 from compress.errors import ArtifactError
 from compress.models import decoder_layers
 from compress.objectives import soft_cap_
+from compress.slicing import largest_layer_bytes
 from compress.step import packed_masks
 from compress.tokens import TokenBatch
 
 _TINY_VOCABULARY = 8  # the one-layer models have an embedding that nobody asks
+_SMALL_BYTES = 1 << 24
 _ROWS = 8192  # of the output head in a product
 Progress = Callable[[Iterator[Any], int], Iterable[Any]]
 
@@ -40,6 +42,7 @@ class LayerStream:
         self.info, self.dtype, self.trust = info, dtype, trust_remote_code
         self.num_layers = info.shape.num_hidden_layers
         self._shards = info.shards
+        self._layer_bytes = largest_layer_bytes(info)
         self._types = config_layer_types(info.parsed)
         self._names: list[list[str]] = [[] for _ in range(self.num_layers)]
         for name in info.tensors:
@@ -76,6 +79,11 @@ class LayerStream:
         if wrong:
             raise ArtifactError(f"{self.info.folder}: layer {number} doesn't load: {wrong[:3]}; fetch or make it again")
         return model.eval().requires_grad_(False)
+
+    def let_go(self) -> None:
+        """Free the last layer before the next one comes: models hold themselves in cycles. Small ones may wait."""
+        if self._layer_bytes > _SMALL_BYTES:
+            gc.collect()
 
     def _outside(self) -> list[str]:
         """The last norm's tensors."""
@@ -177,7 +185,7 @@ def sweep(
                     yield batch
                 leave()
                 del model, leave
-                gc.collect()  # models hold themselves in cycles; the layer must go before the next one comes
+                stream.let_go()
 
     try:
         for _ in progress(steps(), len(layers) * len(batches)):

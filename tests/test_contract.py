@@ -103,7 +103,7 @@ LLAMA = Shape(4096, 14336, 32, 32, 8, 0, 0, 128, 128256, False)
         ({"head_dim": 60}, "llama", "vllm", "no", "head_dim=60 is no multiple of 8"),
         ({"head_dim": 264}, "llama", "vllm", "no", "head_dim=264 is more than 256"),
         ({"head_dim": 72}, "llama", "tensorrt_llm", "no", "head_dim=72 is none of 32, 48"),
-        ({"hidden_size": 4112}, "llama", "llama_cpp", "no", "hidden_size=4112 is no multiple of 32"),
+        ({"hidden_size": 4112}, "llama", "llama_cpp", "unquantised only", "hidden_size=4112 is no multiple of 32"),
         ({"intermediate_size": 14464}, "llama", "llama_cpp", "slower", "intermediate_size=14464 is no multiple of 256"),
         ({}, "inhouse", "vllm", "no", "model_type=inhouse is not among those"),
     ],

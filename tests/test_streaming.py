@@ -95,10 +95,15 @@ def test_a_streamed_run_gives_the_same_scores_and_the_same_student(
     for name, stream in (("whole", "false"), ("streamed", "true")):
         for stage in ("tokenize", "score", "prune"):
             run(f"run_dir={tmp_path / name}", f"stage={stage}", f"score.stream={stream}", *settings)
-    for file in ("score/importance.safetensors", "prune/model.safetensors", "prune/kept.safetensors"):
-        whole, streamed = (load_file(tmp_path / name / file) for name in ("whole", "streamed"))
+    for files in ("score/importance.safetensors", "prune/model*.safetensors", "prune/kept.safetensors"):
+        whole, streamed = (
+            {key: tensor for file in (tmp_path / name).glob(files) for key, tensor in load_file(file).items()}
+            for name in ("whole", "streamed")
+        )
         assert whole.keys() == streamed.keys()
-        assert all(torch.equal(whole[key], streamed[key]) for key in whole), file
+        assert whole
+        assert all(torch.equal(whole[key], streamed[key]) for key in whole), files
+    assert len(list((tmp_path / "streamed" / "prune").glob("model-*.safetensors"))) > 1, "a shard a layer"
     assert not [path for path in (tmp_path / "streamed").iterdir() if "spill" in path.name]
     reports = [
         json.loads((tmp_path / n / "prune" / "report.json").read_text())["contract"] for n in ("whole", "streamed")
