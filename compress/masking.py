@@ -10,7 +10,7 @@ With plain zeroing the norms would divide by the teacher's width, and logits wou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -178,16 +178,3 @@ def _mask_experts(
         assert router.forward == original
 
     return [undo]
-
-
-def fold(model: PreTrainedModel, replaced: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Put compensated or merged full-size weights in place of the teacher's own; returns what takes them out again."""
-    before = {name: model.get_parameter(name).detach().clone() for name in replaced}
-
-    def write(values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                model.get_parameter(name).copy_(value)
-
-    write(replaced)
-    return lambda: write(before)

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from compress.architecture import ModelInfo, check_shape, num_parameters, with_sizes
+from compress.architecture import (
+    ModelInfo,
+    check_shape,
+    num_active_parameters,
+    num_embedding_parameters,
+    num_parameters,
+    with_sizes,
+)
 from compress.artifacts import building_folder, fingerprint_path, replace_contents, save_tensors, write_json
 from compress.compensation import compensated_weights, stream_compensated_weights
 from compress.config import CompressConfig
@@ -208,6 +215,8 @@ def _report(
         "teacher": {**asdict(info.shape), "num_parameters": before},
         "student": {**asdict(shape), "num_parameters": after},
         "kept_parameters_ratio": after / before,
+        "num_embedding_parameters": num_embedding_parameters(info, shape),
+        "num_active_parameters": num_active_parameters(info, shape),
         "removed_layers": list(removed),
         "compensated": config.prune.compensate,
         "merged_heads": config.prune.merge_heads,

@@ -28,7 +28,7 @@ from compress.inputs import check_calibration, streams, task_items, teacher_of, 
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
 from compress.parallel import available_bytes, resolve_dtype
-from compress.progress import track
+from compress.progress import console, track
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
 from compress.tokens import TokenBatch, TokenSet
 
@@ -87,6 +87,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         if found.removed:
             log.info("depth by %s: layers %s (%.3f)", name, found.of(len(found.removed)), found.cost[-1])
     write_json(run_dir / "score" / REPORT, report)
+    if len(criteria) + len(depths) > 2:
+        console.print(table(report))
 
 
 def preflight(config: CompressConfig) -> None:
@@ -226,14 +228,14 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum(-1) / below.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def table(config: CompressConfig, report: dict[str, Any]) -> Table:
+def table(report: dict[str, Any]) -> Table:
     """How far the width criteria agree with the first one, and what each depth criterion would remove."""
     result = Table(title="criteria", title_justify="left")
     result.add_column("criterion")
     result.add_column("agrees with the first on (rank correlation), or removes")
-    names = [str(parse_criterion(text)) for text in config.score.width]
-    for name in names[1:]:
-        found = {axis: row[name] for axis, row in report["rank_correlation"].items()}
+    axes = report["rank_correlation"]
+    for name in next(iter(axes.values())):
+        found = {axis: row[name] for axis, row in axes.items()}
         result.add_row(name, ", ".join(f"{axis} {value:.2f}" for axis, value in found.items()))
     for name, found in report["depth"].items():
         if found["removed"]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from test_slicing import masked as by_hand
 
 from compress.architecture import shape_of
 from compress.compensation import compensated_weights
-from compress.masking import fold, masked
+from compress.masking import masked
 from compress.models import load_model
 from compress.slicing import slice_checkpoint
 
@@ -38,6 +40,19 @@ def test_an_error_inside_leaves_the_teacher_as_it_was() -> None:
     with pytest.raises(ZeroDivisionError), masked(model, keep(model, student_sizes("gpt_oss"))):
         _ = 1 / 0
     assert torch.equal(logits(model, batch), before)
+
+
+def fold(model: Any, replaced: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Put full-size weights in place of the teacher's own; returns what takes them out again."""
+    before = {name: model.get_parameter(name).detach().clone() for name in replaced}
+
+    def write(values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                model.get_parameter(name).copy_(value)
+
+    write(replaced)
+    return lambda: write(before)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "moe" not in v and v not in ("mixtral", "gpt_oss")])
