@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import VARIANTS, make_model, save_model, student_sizes
 from safetensors.torch import load_file
-from test_slicing import random_importance
 
 from compress.architecture import shape_of, with_sizes
 from compress.config import load_config
@@ -16,6 +15,7 @@ from compress.contract import check_student
 from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.merging import merged_weights
+from compress.selftest import random_importance
 from compress.slicing import select, slice_checkpoint
 
 

@@ -19,46 +19,18 @@ from compress import slicing
 from compress.architecture import num_parameters, shape_of, with_sizes
 from compress.artifacts import open_tensors
 from compress.errors import ConfigError
-from compress.families import Shape
 from compress.folders import read_model
 from compress.models import load_model
-from compress.scores import Importance, by_block_influence
+from compress.selftest import permutation, random_importance
 from compress.slicing import check_kept, select, slice_checkpoint
 
 MODELS = [(variant, tied) for variant in VARIANTS for tied in (False, True)]
 CUTS = [(variant, axis) for variant in VARIANTS for axis in axes_of(variant)]
 
 
-def random_importance(shape: Shape, seed: int = 0) -> Importance:
-    generator = torch.Generator().manual_seed(seed)
-
-    def scores(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator)
-
-    layers = shape.num_hidden_layers
-    widths = {
-        "hidden": scores(shape.hidden_size),
-        "query_heads": scores(layers, shape.num_attention_heads),
-        "key_value_heads": scores(layers, shape.num_key_value_heads),
-    }
-    if shape.intermediate_size:
-        widths["intermediate"] = scores(layers, shape.intermediate_size)
-    if shape.num_experts:
-        widths["experts"] = scores(layers, shape.num_experts)
-        widths["expert_intermediate"] = scores(layers, shape.num_experts, shape.moe_intermediate_size)
-    influence_L = scores(layers)
-    return Importance(
-        widths={"activation:l2/mean": widths},
-        depths={"block_influence": by_block_influence(influence_L)},
-        block_influence_L=influence_L,
-        num_sequences=1,
-        num_tokens=1,
-    )
-
-
-def keep(model: PreTrainedModel, sizes: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
+def keep(model: PreTrainedModel, sizes: dict[str, int]) -> dict[str, Tensor]:
     shape = shape_of(model.config)
-    return select(random_importance(shape, seed), with_sizes(shape, sizes))
+    return select(random_importance(shape), with_sizes(shape, sizes))
 
 
 class NormOverKept(nn.Module):
@@ -193,33 +165,6 @@ def assert_same(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(
         one, other, rtol=1e-5, atol=1e-4
     )  # norms compute in float32; a wrong axis is off by 0.1 and more
-
-
-def permutation(shape: Shape, axis: str) -> dict[str, Tensor]:
-    """Everything kept, in another order along the axis: slicing is an index-select, so that is a slice."""
-    layers, group, generator = shape.num_hidden_layers, shape.group_size, torch.Generator().manual_seed(1)
-
-    def order(of: str, *size: int) -> Tensor:
-        if of != axis:
-            return torch.arange(size[-1]).expand(*size)
-        return torch.rand(size, generator=generator).argsort(-1)
-
-    groups = order("key_value_heads", layers, shape.num_key_value_heads)
-    inside = order("query_heads", layers, shape.num_key_value_heads, group)
-    found = {
-        "layers": torch.arange(layers),
-        "hidden": order("hidden", shape.hidden_size),
-        "key_value_heads": groups,
-        "query_heads": (groups[..., None] * group + inside).flatten(1),
-    }
-    if shape.intermediate_size:
-        found["intermediate"] = order("intermediate", layers, shape.intermediate_size)
-    if shape.num_experts:
-        found["experts"] = order("experts", layers, shape.num_experts)
-        found["expert_intermediate"] = order(
-            "expert_intermediate", layers, shape.num_experts, shape.moe_intermediate_size
-        )
-    return found
 
 
 PERMUTED = [
