@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,34 @@ def pipeline_arguments(description: str | None, name: str) -> argparse.ArgumentP
 def log_plainly() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process: mapped checkpoint files aren't in it, they are the page cache's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+class PeakMemory:
+    """`with PeakMemory(seconds) as peak:` samples anonymous memory; `peak.bytes` is the most that was seen."""
+
+    def __init__(self, every_seconds: float) -> None:
+        self._every, self._done = every_seconds, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.bytes = 0
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._every):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def start_as_the_makefile_does() -> None:

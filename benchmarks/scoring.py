@@ -15,13 +15,20 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, default_cache, machine, spread, start_as_the_makefile_does, write_result
-from benchmarks.streaming import anonymous_bytes
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    PeakMemory,
+    default_cache,
+    machine,
+    spread,
+    start_as_the_makefile_does,
+    write_result,
+)
 
 PROCESSES = 5
 CRITERIA = {"scoring": ["activation:l2/mean"], "scoring, weighted l2/l2": ["weighted_activation:l2/l2"]}
@@ -63,20 +70,9 @@ def peak_above(what: str, sequences: int, size: int) -> int:
     """The most anonymous memory in bytes that the process has during one pass."""
     model, batches = prepare(sequences, size)
     run(what, model, batches[:1])
-    peak = anonymous_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    run(what, model, batches)
-    done.set()
-    thread.join()
-    return peak
+    with PeakMemory(0.002) as peak:
+        run(what, model, batches)
+    return peak.bytes
 
 
 def main() -> None:

@@ -17,13 +17,19 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, machine, spread, start_as_the_makefile_does, write_result
-from benchmarks.streaming import anonymous_bytes
+from benchmarks.common import (
+    RESULTS,
+    PeakMemory,
+    anonymous_bytes,
+    machine,
+    spread,
+    start_as_the_makefile_does,
+    write_result,
+)
 
 HIDDEN, INTERMEDIATE, HEADS, GROUPS, VOCABULARY = 4096, 14336, 32, 8, 2048
 SHARD_BYTES = 1_000_000_000
@@ -96,36 +102,27 @@ def main() -> None:
         info = read_model(folder / "teacher")
         shape = with_sizes(info.shape, {"hidden_size": 3072, "intermediate_size": 10752})
         kept = select(random_importance(info.shape), shape)
-        baseline = peak = anonymous_bytes()
-        done = threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.01):
-                peak = max(peak, anonymous_bytes())
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        for number in range(options.rounds):
-            for what in ("copy", "slice") if number % 2 else ("slice", "copy"):
-                began = time.perf_counter()
-                if what == "copy":
-                    copy(folder / "teacher", folder / "out")
-                else:
-                    slice_checkpoint(info, folder / "out", kept, max_shard_bytes=SHARD_BYTES)
-                seconds[what].append(time.perf_counter() - began)
-                shutil.rmtree(folder / "out")
-            print(f"round {number + 1} of {options.rounds}: {seconds['slice'][-1]:.1f} s, {seconds['copy'][-1]:.1f} s")
-        done.set()
-        thread.join()
+        baseline = anonymous_bytes()
+        with PeakMemory(0.01) as peak:
+            for number in range(options.rounds):
+                for what in ("copy", "slice") if number % 2 else ("slice", "copy"):
+                    began = time.perf_counter()
+                    if what == "copy":
+                        copy(folder / "teacher", folder / "out")
+                    else:
+                        slice_checkpoint(info, folder / "out", kept, max_shard_bytes=SHARD_BYTES)
+                    seconds[what].append(time.perf_counter() - began)
+                    shutil.rmtree(folder / "out")
+                took = seconds["slice"][-1], seconds["copy"][-1]
+                print(f"round {number + 1} of {options.rounds}: {took[0]:.1f} s, {took[1]:.1f} s")
     ratios = spread([one / other for one, other in zip(seconds["copy"], seconds["slice"], strict=True)])
     facts = {"bytes": total, "seconds": seconds, "speed_over_copy": ratios, "shard_bytes": SHARD_BYTES,
-             "above_baseline_bytes": peak - baseline}  # fmt: skip
+             "above_baseline_bytes": peak.bytes - baseline}  # fmt: skip
     write_result(options.output, {"machine": machine(), **facts})
     print(
         f"slicing {total / 1e9:.1f} GB: {ratios['median']:.2f}x the speed of copying ({ratios['min']:.2f}.."
         f"{ratios['max']:.2f}; {total / 1e9 / statistics.median(seconds['slice']):.2f} GB/s), "
-        f"{(peak - baseline) / SHARD_BYTES:.2f} shards of anonymous memory\nwritten: {options.output}"
+        f"{(peak.bytes - baseline) / SHARD_BYTES:.2f} shards of anonymous memory\nwritten: {options.output}"
     )
 
 

@@ -20,12 +20,11 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, machine, write_result
+from benchmarks.common import RESULTS, ROOT, PeakMemory, anonymous_bytes, machine, write_result
 
 HIDDEN, INTERMEDIATE, HEADS, GROUPS, VOCABULARY = 1024, 4096, 16, 8, 512
 SEQUENCES, LENGTH, BATCH = 16, 256, 2
@@ -66,11 +65,6 @@ def write_model(folder: Path, layers: int) -> int:
     return total
 
 
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
-
-
 def child(folder: Path, allowed: int) -> None:
     """Run the stages under the limit and print the figures as one line of JSON."""
     import torch
@@ -94,22 +88,11 @@ def child(folder: Path, allowed: int) -> None:
     baseline = anonymous_bytes()
     data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (data + allowed, resource.RLIM_INFINITY))
-    peak, done = baseline, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     began, seconds, peaks = time.monotonic(), {}, {}
     for stage in ("score", "prune"):
-        peak = anonymous_bytes()
-        pipeline.run(load_config(*settings, f"stage={stage}"))
-        seconds[stage], peaks[stage] = time.monotonic() - began, peak
-    done.set()
-    thread.join()
+        with PeakMemory(0.005) as peak:
+            pipeline.run(load_config(*settings, f"stage={stage}"))
+        seconds[stage], peaks[stage] = time.monotonic() - began, peak.bytes
     contract = json.loads((folder / "run" / "prune" / "report.json").read_text())["contract"]
     figures = {"baseline_bytes": baseline, "peak_bytes": max(peaks.values()), "peaks": peaks, "seconds": seconds,
                "logits_difference": contract["logits_difference"]}  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compress.artifacts import open_tensors
 from compress.errors import ArchitectureError, ConfigError
-from compress.families import PRUNABLE, Family, Part, Row, Shape, family_of
+from compress.families import PRUNABLE, Family, Part, Row, Shape, family_of, family_of_config
 
 _LAYER_NUMBER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
@@ -202,7 +202,7 @@ def check_described(family: Family, config: PreTrainedConfig, source: str) -> No
 
 def shape_of(config: PreTrainedConfig) -> Shape:
     """The sizes of a config, with transformers' defaults for what older files leave out."""
-    family = family_of(config.to_dict(), "the config")
+    family = family_of_config(config)
 
     def size(name: str) -> int:
         field = family.field(name)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.errors import NumericalError
-from compress.families import Part, Shape, family_of
+from compress.families import Part, Shape, family_of_config
 from compress.models import decoder_layers, set_decoder_layers
 from compress.slicing import Kept, kept_elements
 from compress.step import trunk
@@ -103,7 +103,7 @@ def compensated_weights(model: PreTrainedModel, batches: Iterable[TokenBatch], k
 
     The model's removed layers are put back before it returns.
     """
-    family, layers = family_of(model.config.to_dict(), "the model"), decoder_layers(model)
+    family, layers = family_of_config(model.config), decoder_layers(model)
     found = _Moments(taps(family), shape_of(model.config), kept)
     numbers = kept["layers"].tolist()
     undo = [remove for position, n in enumerate(numbers) for remove in found.attach(layers[n], position)]

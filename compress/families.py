@@ -280,3 +280,8 @@ def family_of(config: Mapping[str, Any], source: str) -> Family:
             "these, or describe the family in a file of your own with architecture.table=FILE.yaml (docs/families.md)"
         )
     return FAMILIES[str(model_type)]
+
+
+def family_of_config(config: PreTrainedConfig) -> Family:
+    """The family of a loaded model's config, which every forward asks for: by its model_type alone."""
+    return family_of({"model_type": config.model_type}, "the model")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, expert_of, layer_of, row_of, shape_of, taps
 from compress.errors import NumericalError
-from compress.families import AXES, Row, Shape, family_of
+from compress.families import AXES, Row, Shape, family_of_config
 from compress.importance import experts_of, run_expert
 from compress.models import decoder_layers, output_head
 from compress.scores import Widths
@@ -86,7 +86,7 @@ class _Gradients:
         self.total = _empty(self.shape)
         self.sequence_BD = torch.zeros(0)  # of the hidden channels, over every norm of a batch
         self.valid_BT = torch.zeros(0)
-        self.where = taps(family_of(model.config.to_dict(), "the model"))
+        self.where = taps(family_of_config(model.config))
 
     def attach(self, layer: nn.Module, number: int) -> list[Callable[[], None]]:
         undo = [

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.criteria import Criterion, parse_criterion
 from compress.errors import NumericalError
-from compress.families import Family, Shape, family_of
+from compress.families import Family, Shape, family_of_config
 from compress.models import decoder_layers
 from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
@@ -395,7 +395,7 @@ def estimate_importance(
     """
     parsed = [parse_criterion(text) for text in criteria]
     assert all("activation" in criterion.kind for criterion in parsed), "for the others see gradients.py"
-    family, shape = family_of(model.config.to_dict(), "the model"), shape_of(model.config)
+    family, shape = family_of_config(model.config), shape_of(model.config)
     layers = decoder_layers(model)
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
     listener = Listener(family, shape.num_hidden_layers, aggregations, similarity)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from compress.architecture import shape_of, taps
-from compress.families import Family, Part, Shape, family_of
+from compress.families import Family, Part, Shape, family_of_config
 from compress.importance import experts_of, run_expert
 from compress.models import decoder_layers, set_decoder_layers
 from compress.slicing import Kept, kept_elements
@@ -31,7 +31,7 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[PreTrainedModel]:
 
     Hooks do it and no weight is touched, so that a teacher of any size is masked in no time.
     """
-    family, shape = family_of(model.config.to_dict(), "the model"), shape_of(model.config)
+    family, shape = family_of_config(model.config), shape_of(model.config)
     layers = decoder_layers(model)
     numbers = kept["layers"].tolist()
     types = getattr(model.config, "layer_types", None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from compress.families import family_of
+from compress.families import family_of_config
 from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
 from compress.tokens import TokenBatch
@@ -54,7 +54,7 @@ def packed_masks(model: PreTrainedModel, position_ids_BT: Tensor) -> dict[str, A
 
     Without them documents leak into each other silently: tests/test_slicing.py, packed = each document alone.
     """
-    if not family_of(model.config.to_dict(), "the model").needs_packed_masks:
+    if not family_of_config(model.config).needs_packed_masks:
         return None
     shape = (*position_ids_BT.shape, 1)  # only its dtype, device and first two sizes are looked at
     arguments: dict[str, Any] = {
