@@ -1,7 +1,7 @@
 """Which shape near 100 M parameters distils best: the same short distillation for each, judged on the selection set.
 
     python -m benchmarks.shapes                                   # from the repository's root; about 3 min a shape
-    python -m benchmarks.shapes --num-tokens 65536 --only mix_27_layers_MLP_1008  # one shape at full length
+    python -m benchmarks.shapes --num-tokens 65536 --only mix_27_layers_MLP_992  # one shape at full length
     python -m benchmarks.shapes --set prune.compensate=false      # another setting for all
 
 Every shape is a run of the recipe smollm2_135m_to_100m by the real pipeline; only the shape and distill.num_tokens
@@ -41,16 +41,17 @@ SELECTION = 'data.validation=[{path: "embedded:boolq-selection", name: selection
 NUM_REMOVED = 10  # as many as the shallowest shape needs
 
 # name -> (layers, sizes). SmolLM2-135M has 30 layers, hidden 576, intermediate 1536, 9 query and 3 key-value heads.
+# Every size is a multiple of 32, as llama.cpp's quantised types want (compress/engines.yaml).
 SHAPES: dict[str, tuple[int, dict[str, int]]] = {
     "depth only: 20 layers": (20, {}),
     "width only: MLP 864": (30, {"intermediate_size": 864}),
-    "width only: MLP 1040, 6 heads": (
+    "width only: MLP 1024, 6 heads": (
         30,
-        {"intermediate_size": 1040, "num_attention_heads": 6, "num_key_value_heads": 2},
+        {"intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2},
     ),
-    "width only: hidden 432, MLP 1504": (30, {"hidden_size": 432, "intermediate_size": 1504}),
-    "mix: 27 layers, MLP 1008": (27, {"intermediate_size": 1008}),
-    "mix: 25 layers, MLP 1136": (25, {"intermediate_size": 1136}),
+    "width only: hidden 416": (30, {"hidden_size": 416}),
+    "mix: 27 layers, MLP 992": (27, {"intermediate_size": 992}),
+    "mix: 25 layers, MLP 1120": (25, {"intermediate_size": 1120}),
     "mix: 23 layers, MLP 1280": (23, {"intermediate_size": 1280}),
 }
 

@@ -211,7 +211,7 @@ def fingerprint_path(path: Path) -> str:
     given up is noticing an edit inside a large file that keeps its size and misses every block.
     """
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist")
+        raise ArtifactError(f"{path} does not exist; check the path, or fetch or make it again")
     digest = hashlib.sha256()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
     for file in files:

@@ -145,7 +145,8 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise ArtifactError(
-            f"{path} does not hold this model ({cause}); was it trained from another student?"
+            f"{path} does not hold this model ({cause}): it was trained from another student. Give this run another "
+            "name=, or delete the folder of checkpoints to train from the start"
         ) from error
     if restore_rng:
         torch.set_rng_state(rng)

@@ -128,7 +128,10 @@ def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
 def relative_difference(one: Tensor, other: Tensor) -> float:
     """The largest difference over the spread; NumericalError where there is nothing to compare."""
     if not bool(one.isfinite().all() and other.isfinite().all()):
-        raise NumericalError("the logits of the student or of the masked teacher are not finite; check the weights")
+        raise NumericalError(
+            "the logits of the student or of the masked teacher are not finite; set "
+            "compute_dtype=float32, or check the teacher's weights"
+        )
     return (one - other).abs().max().item() / max(other.std().item(), 1e-12)
 
 

@@ -64,7 +64,10 @@ def language_modelling(
     for name, total in sums.items():
         loss = total.loss / count
         if not math.isfinite(loss):
-            raise NumericalError(f"the loss of {name} is {loss}: its weights or its numerics are broken")
+            raise NumericalError(
+                f"the loss of {name} on the validation text is {loss}; set compute_dtype=float32, and if that doesn't "
+                "help, its weights hold values that are not finite: run the stage that made them again"
+            )
         result[name] = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
