@@ -41,7 +41,8 @@ SELECTION = 'data.validation=[{path: "embedded:boolq-selection", name: selection
 NUM_REMOVED = 10  # as many as the shallowest shape needs
 
 # name -> (layers, sizes). SmolLM2-135M has 30 layers, hidden 576, intermediate 1536, 9 query and 3 key-value heads.
-# Every size is a multiple of 32, as llama.cpp's quantised types want (compress/engines.yaml).
+# MLPs are multiples of 32, as llama.cpp's quantised types want (compress/engines.yaml). 432 isn't, since a
+# hidden size must divide by the 9 heads too.
 SHAPES: dict[str, tuple[int, dict[str, int]]] = {
     "depth only: 20 layers": (20, {}),
     "width only: MLP 864": (30, {"intermediate_size": 864}),
@@ -49,7 +50,7 @@ SHAPES: dict[str, tuple[int, dict[str, int]]] = {
         30,
         {"intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2},
     ),
-    "width only: hidden 416": (30, {"hidden_size": 416}),
+    "width only: hidden 432, MLP 1504": (30, {"hidden_size": 432, "intermediate_size": 1504}),
     "mix: 27 layers, MLP 992": (27, {"intermediate_size": 992}),
     "mix: 25 layers, MLP 1120": (25, {"intermediate_size": 1120}),
     "mix: 23 layers, MLP 1280": (23, {"intermediate_size": 1280}),
