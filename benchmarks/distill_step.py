@@ -31,13 +31,12 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, default_cache, machine, spread, write_result
+from benchmarks.common import RESULTS, ROOT, PeakMemory, anonymous_bytes, default_cache, machine, spread, write_result
 
 # `ours` with distill.compile=true, `eager` without it; plain and TRL as people run them.
 CONTENDERS = ("ours", "eager", "plain", "trl")
@@ -57,11 +56,9 @@ class Recorder:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
-        self._baseline = self._peak = _rss_anon()
         self._began = self._cpu_began = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        self._baseline = anonymous_bytes()
+        self._peak = PeakMemory(0.02).__enter__()
 
     def begin(self) -> None:
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
@@ -73,28 +70,16 @@ class Recorder:
         self.cpu_seconds.append(cpu_now - self._cpu_began)
         self._began, self._cpu_began = now, cpu_now
 
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self._peak = max(self._peak, _rss_anon())
-
     def result(self, warmup: int) -> dict[str, Any]:
-        self._stop.set()
-        self._thread.join()
+        self._peak.__exit__()
         return {
             "seconds": self.seconds[warmup:],
             "cpu_seconds": self.cpu_seconds[warmup:],
             "warmup_seconds": self.seconds[:warmup],
             "first_loss": self.losses[0],
             "last_loss": self.losses[-1],
-            "peak_rss_anon_bytes": self._peak - self._baseline,
+            "peak_rss_anon_bytes": self._peak.bytes - self._baseline,
         }
-
-
-def _rss_anon() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon; this benchmark needs Linux")
 
 
 def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
