@@ -175,6 +175,12 @@ def num_active_parameters(info: ModelInfo, shape: Shape) -> int:
     return total - experts + experts * chosen // shape.num_experts
 
 
+def key_value_cache_bytes(shape: Shape, context_tokens: int, num_sequences: int, item_bytes: int) -> int:
+    """Keys and values of so many sequences of `context_tokens`; every layer counted in full, also one that slides."""
+    each = 2 * shape.num_key_value_heads * shape.head_dim * item_bytes
+    return shape.num_hidden_layers * each * context_tokens * num_sequences
+
+
 def parse_config(config: Mapping[str, Any], source: str) -> PreTrainedConfig:
     """transformers' own config object, for its defaults and its rules; ArchitectureError when it refuses."""
     family = family_of(config, source)

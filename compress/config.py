@@ -8,11 +8,12 @@ long work.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -36,6 +37,7 @@ class Stage(StrEnum):
     all = "all"
     tokenize = "tokenize"
     score = "score"
+    search = "search"
     prune = "prune"
     distill = "distill"
     export = "export"
@@ -144,8 +146,8 @@ class ScoreConfig:
 
 @dataclass
 class PruneConfig:
-    """The student's shape, by Hugging Face size names; what is not given stays as the teacher's, unless
-    `max_parameters` is given: then the best predicted legal shape within the budget fills what is open."""
+    """The student's shape, by Hugging Face size names; what is not given stays as the teacher's, unless a budget
+    (`max_*`, `min_tokens_per_second`) is: then the best legal shape within all of it fills what is open."""
 
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -154,7 +156,12 @@ class PruneConfig:
     num_key_value_heads: int | None = None
     num_experts: int | None = None
     moe_intermediate_size: int | None = None  # of one expert
+    source: str | None = None  # the Hugging Face folder that is scored and pruned; none = the teacher itself
     max_parameters: float | None = None
+    max_non_embedding_parameters: float | None = None
+    max_active_parameters: float | None = None  # of which a token meets only num_experts_per_tok experts
+    max_bytes: float | None = None  # weights in export.dtype, keys and values of shape.num_contexts contexts
+    min_tokens_per_second: float | None = None  # of generation, measured here; needs search.num_candidates
     width_criterion: str | None = None  # of score.width; none = its first
     depth_criterion: DepthCriterion | None = None  # of score.depth; none = its first
     removed_layers: list[int] | None = None  # by hand, instead of the depth criterion
@@ -166,9 +173,22 @@ class PruneConfig:
 @dataclass
 class ShapeConfig:
     multiple_of: int = 16
-    min_parameters_ratio: float = 0.9  # a budget's candidates hold at least this share of it
+    min_budget_ratio: float = 0.9  # a budget's candidates use at least this share of it
+    context_tokens: int = 4096  # that prune.max_bytes holds keys and values for
+    num_contexts: int = 1
     max_width_pruning: float = 0.5
     max_depth_pruning: float = 0.5
+
+
+@dataclass
+class SearchConfig:
+    """Choosing among the shapes of a budget by measurement: cut, compare, distil the better half a little, repeat."""
+
+    num_candidates: int = 0  # of the best predicted shapes, cut and measured; 0 = the best predicted is taken
+    num_tokens: float = 0  # of the first round's short distillation, each round twice the last; 0 = none
+    num_sequences: int = 32  # that candidates are compared on
+    judge: str | None = None  # the validation set these come from; none = the first
+    continue_winner: bool = False  # distill goes on from the winner's trained weights instead of prune's
 
 
 @dataclass
@@ -211,6 +231,15 @@ class EvaluateConfig:
 
 
 @dataclass
+class RoundConfig:
+    """One of several rounds of pruning and distilling; what it leaves out is as for a single one."""
+
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    num_tokens: float | None = None  # none = distill.num_tokens
+    learning_rate: float | None = None  # none = distill.learning_rate
+
+
+@dataclass
 class CompressConfig:
     name: str = "run"
     run_dir: str = "runs/${name}"
@@ -224,13 +253,20 @@ class CompressConfig:
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    rounds: list[RoundConfig] = field(
+        default_factory=list
+    )  # in run_dir/round_1, ...; each prunes the last one's student
+    round: int | None = None  # only this one of them, from 1
 
 
 GROUPS = ("recipe", "cluster")
+BUDGET = ("max_parameters", "max_non_embedding_parameters", "max_active_parameters", "max_bytes",
+          "min_tokens_per_second")  # fmt: skip
 
 
 def conf_dir() -> Path:
@@ -340,11 +376,14 @@ def _explain_key(found: OmegaConfBaseException, around: str) -> str:
     key = str(found.full_key)
     # OmegaConf knows a key inside a list's element only from there on; Hydra's message around it has the rest.
     outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", around)
-    inside = "." not in key and found.object_type is SourceConfig
+    in_round = bool(outside and outside[1] == "rounds" and key != "rounds")
+    inside = is_dataclass(found.object_type) and (
+        in_round or ("." not in key and found.object_type in (SourceConfig, RoundConfig))
+    )
     if inside:
         key = f"{outside[1] if outside else 'data.*'}: {key}"
     if isinstance(found, ConfigKeyError):
-        names = [f.name for f in fields(SourceConfig)] if inside else _keys(CompressConfig)
+        names = [f.name for f in fields(found.object_type)] if inside and found.object_type else _keys(CompressConfig)
         return f"{key}: no such key{_closest(str(found.full_key), names)}; " + (
             f"there are {', '.join(names)}" if inside else "all keys: python -m compress --help"
         )
@@ -378,6 +417,7 @@ def _rule_of(hint: Any) -> str | None:
         list[str]: "a list of names, such as [activation,taylor]",
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
+        list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
         SourceConfig: "a source, such as {path: my.jsonl}",
     }
     rule = words.get(plain)
@@ -422,16 +462,18 @@ _RULES: tuple[_Rule, ...] = (
         lambda v: v >= 1,
         "must be at least 1",
         "data.records_per_shard score.num_sequences score.depth_sequences score.task_items score.micro_batch_size "
-        "score.max_removed_layers shape.multiple_of prune.hidden_size prune.intermediate_size prune.num_hidden_layers "
-        "prune.num_attention_heads prune.num_key_value_heads prune.num_experts prune.moe_intermediate_size "
-        "prune.compensate_sequences distill.global_batch_size "
-        "distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints distill.log_steps export.step "
-        "evaluate.micro_batch_size evaluate.lm_eval_items evaluate.generate_tokens",
+        "score.max_removed_layers shape.multiple_of prune.hidden_size prune.intermediate_size "
+        "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
+        "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
+        "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
+        "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
+        "evaluate.generate_tokens",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
     (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
-    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps"),
+    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates"),
+    (lambda v: v >= 0 and v == int(v), "must be a whole number of tokens, or 0 for none", "search.num_tokens"),
     (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
     (bool, "is empty; give a folder", "run_dir cache_dir"),
     (bool, "is empty; give a Hugging Face folder, a hub id, or embedded:NAME", "teacher.path"),
@@ -439,7 +481,8 @@ _RULES: tuple[_Rule, ...] = (
         _positive,
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
-        "distill.epsilon prune.max_parameters",
+        "distill.epsilon prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters "
+        "prune.max_bytes prune.min_tokens_per_second",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
@@ -449,7 +492,7 @@ _RULES: tuple[_Rule, ...] = (
         "is a share: within 0 and 1, 1 excluded",
         "shape.max_width_pruning shape.max_depth_pruning",
     ),
-    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_parameters_ratio"),
+    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_budget_ratio"),
     (
         lambda v: _positive(v) and v == int(v),
         "must be a whole positive number of tokens",
@@ -471,11 +514,10 @@ def check(config: CompressConfig) -> None:
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value} {text}")
     _check_batches(config)
-    if config.prune.max_parameters is not None and config.prune.removed_layers is not None:
-        raise ConfigError(
-            f"prune.removed_layers={config.prune.removed_layers} can't be combined with prune.max_parameters="
-            f"{config.prune.max_parameters:,.0f}, which chooses the layers; set one of the two to null"
-        )
+    if config.rounds:
+        _check_rounds(config)
+    else:
+        _check_budget(config)
     if config.prune.merge_heads and config.prune.compensate:
         raise ConfigError(
             "prune.merge_heads=true can't be combined with prune.compensate=true, which is fitted to heads as they "
@@ -484,6 +526,85 @@ def check(config: CompressConfig) -> None:
     _check_criteria(config)
     for split in ("train", "calibration", "validation"):
         _check_sources(split, getattr(config.data, split))
+
+
+def _check_budget(config: CompressConfig) -> None:
+    prune, search = config.prune, config.search
+    limits = [key for key in BUDGET if getattr(prune, key) is not None]
+    if limits and prune.removed_layers is not None:
+        raise ConfigError(
+            f"prune.removed_layers={prune.removed_layers} can't be combined with prune.{limits[0]}="
+            f"{getattr(prune, limits[0]):,.0f}, which chooses the layers; set one of the two to null"
+        )
+    if prune.min_tokens_per_second is not None and not search.num_candidates:
+        raise ConfigError(
+            f"prune.min_tokens_per_second={prune.min_tokens_per_second:g} is measured on candidates; set "
+            "search.num_candidates, such as 8"
+        )
+    if search.num_candidates and not limits:
+        raise ConfigError(
+            f"search.num_candidates={search.num_candidates} searches within a budget; set one of "
+            f"{', '.join(f'prune.{key}' for key in BUDGET)}, or search.num_candidates=0"
+        )
+    tokens_per_step = config.distill.global_batch_size * config.data.sequence_length
+    if 0 < search.num_tokens < tokens_per_step:
+        raise ConfigError(
+            f"search.num_tokens={search.num_tokens:g} is less than one step of distill.global_batch_size * "
+            f"data.sequence_length = {tokens_per_step} tokens; give it more, or 0 for no distillation"
+        )
+    if search.continue_winner and not (search.num_candidates and search.num_tokens):
+        raise ConfigError(
+            "search.continue_winner=true goes on from a winner that was distilled; set search.num_candidates and "
+            "search.num_tokens, or it to false"
+        )
+    names = [set_name(source) for source in config.data.validation]
+    if search.judge is not None and search.judge not in names:
+        raise ConfigError(f"search.judge={search.judge} is none of the validation sets {names}; choose one of them")
+
+
+def _check_rounds(config: CompressConfig) -> None:
+    """Each round is a config of its own, and no later one may ask for more than an earlier one left."""
+    count = len(config.rounds)
+    if config.round is not None and not 1 <= config.round <= count:
+        raise ConfigError(f"round={config.round} must be within 1 and the {count} of rounds, or null for all")
+    if config.prune != PruneConfig() or config.distill.init_from:
+        raise ConfigError(
+            "prune.* and distill.init_from belong to a single round; give them inside of rounds, or set rounds=[]"
+        )
+    for number, (one, two) in enumerate(itertools.pairwise(config.rounds), start=2):
+        for key in (f.name for f in fields(PruneConfig)):
+            before, after = getattr(one.prune, key), getattr(two.prune, key)
+            sized = isinstance(before, int | float) and isinstance(after, int | float) and not isinstance(after, bool)
+            grows = sized and after > before and key not in ("min_tokens_per_second", "compensate_sequences")
+            if grows:
+                raise ConfigError(
+                    f"rounds: round {number} has prune.{key}={after:,.0f}, more than the {before:,.0f} of the round "
+                    "before it; rounds go downwards"
+                )
+    for number in range(1, count + 1):
+        try:
+            check(round_config(config, number))
+        except ConfigError as error:
+            raise ConfigError(f"rounds: round {number}: {error}") from error
+
+
+def round_config(config: CompressConfig, number: int) -> CompressConfig:
+    """The config of one of config.rounds, from 1: a run of its own that prunes the student of the round before."""
+    chosen = config.rounds[number - 1]
+    before = None if number == 1 else f"{config.run_dir}/round_{number - 1}/export"
+    distill = replace(
+        config.distill,
+        num_tokens=config.distill.num_tokens if chosen.num_tokens is None else chosen.num_tokens,
+        learning_rate=config.distill.learning_rate if chosen.learning_rate is None else chosen.learning_rate,
+    )
+    return replace(
+        config,
+        run_dir=f"{config.run_dir}/round_{number}",
+        prune=replace(chosen.prune, source=chosen.prune.source or before),
+        distill=distill,
+        rounds=[],
+        round=None,
+    )
 
 
 def _check_criteria(config: CompressConfig) -> None:

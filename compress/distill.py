@@ -21,7 +21,7 @@ from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
 from compress.config import CompressConfig, Optimizer
 from compress.errors import ConfigError, Interrupted, NumericalError
-from compress.inputs import student_of, teacher_of
+from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
 from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
@@ -40,7 +40,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     """
     settings, trust = config.distill, config.teacher.trust_remote_code
     teacher_path = teacher_of(config)
-    student_path = student_of(config, run_dir)
+    student_path = start_of(config, run_dir)
     data, order = training_order(config, run_dir)
     max_steps = num_steps(config)
     check_same_tokenizer(teacher_path, student_path, trust)

@@ -23,10 +23,20 @@ def teacher_of(config: CompressConfig) -> Path:
     return teacher_folder(teacher.path, teacher.revision, cache, teacher.trust_remote_code)
 
 
+def source_of(config: CompressConfig) -> Path:
+    """The model that is scored and pruned: prune.source, such as an earlier round's student, or the teacher itself."""
+    return Path(config.prune.source).expanduser() if config.prune.source else teacher_of(config)
+
+
 def student_of(config: CompressConfig, run_dir: Path) -> Path:
     """The untrained student: distill.init_from, one pruned elsewhere, or else this run's own."""
     elsewhere = config.distill.init_from
     return Path(elsewhere).expanduser() if elsewhere else run_dir / "prune"
+
+
+def start_of(config: CompressConfig, run_dir: Path) -> Path:
+    """The weights that distill starts from: the untrained student, or the search's winner, a little trained."""
+    return run_dir / "search" / "winner" if config.search.continue_winner else student_of(config, run_dir)
 
 
 def streams(config: CompressConfig, info: ModelInfo) -> bool:

@@ -17,19 +17,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import checkpoint, distill, evaluate, export, prune, score, selftest, tokenize
+from compress import checkpoint, distill, evaluate, export, prune, score, search, selftest, tokenize
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
     MANIFEST,
     STARTED,
+    disk_errors,
     fingerprint,
     fingerprint_path,
     read_json,
     run_lock,
     write_json,
 )
-from compress.config import CompressConfig, Stage, set_name
+from compress.config import CompressConfig, Stage, round_config, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
@@ -62,6 +63,8 @@ _TRAINING = (
     "num_tokens global_batch_size temperature optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
     "warmup_steps compile weight_decay beta1 beta2 epsilon max_gradient_norm"
 )
+_TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
+_LATER_KEYS = ("distill.num_tokens", "distill.min_learning_rate_ratio", "distill.compile")  # not of a candidate's
 STAGES: dict[Stage, StageEntry] = {
     Stage.tokenize: StageEntry(
         tokenize.run,
@@ -77,14 +80,22 @@ STAGES: dict[Stage, StageEntry] = {
          "score.task_path", "score.task_items", "score.max_removed_layers"),
         lambda _: "score",
     ),
+    Stage.search: StageEntry(
+        search.run,
+        (Stage.tokenize, Stage.score),
+        ("seed", "compute_dtype", "prune", "shape", "search.num_candidates", "search.num_tokens",
+         "search.num_sequences", "search.judge", "export.dtype", "data.train[*].weight",
+         *(key for key in _TRAINING_KEYS if key not in _LATER_KEYS)),
+        lambda _: "search",
+    ),
     Stage.prune: StageEntry(
-        prune.run, (Stage.score,), ("compute_dtype", "prune", "shape"), lambda _: "prune"
+        prune.run, (Stage.score, Stage.search), ("compute_dtype", "prune", "shape"), lambda _: "prune"
     ),
     Stage.distill: StageEntry(
         distill.run,
         (Stage.tokenize, Stage.prune),
         ("seed", "compute_dtype", "data.train[*].weight", "distill.init_from",
-         *(f"distill.{key}" for key in _TRAINING.split())),
+         "search.continue_winner", *_TRAINING_KEYS),
         lambda _: "distill",
     ),
     Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export.folder_name),
@@ -103,6 +114,9 @@ def run(config: CompressConfig) -> None:
 
     Everything that can be refused is refused before the first stage starts. Raises CompressError.
     """
+    if config.rounds:
+        _run_rounds(config)
+        return
     run_dir = _run_dir(config)
     if config.stage is Stage.status:
         _print(status(config))
@@ -123,6 +137,8 @@ def run(config: CompressConfig) -> None:
     if set(todo) - {Stage.export}:
         prune.preflight(config)
         score.preflight(config)
+        if Stage.search in todo:
+            search.preflight(config)
         if Stage.evaluate in todo:
             evaluate.preflight(config)
         _check_models(config)
@@ -145,6 +161,29 @@ def run(config: CompressConfig) -> None:
         print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
 
 
+def _run_rounds(config: CompressConfig) -> None:
+    """The rounds one after the other, each a run of its own in run_dir/round_N, over the same tokens."""
+    chosen = [config.round] if config.round is not None else list(range(1, len(config.rounds) + 1))
+    if config.stage not in (Stage.status, Stage.selftest):
+        for number in range(1, len(config.rounds) + 1):  # what can be refused now, before the first one's long work
+            one = round_config(config, number)
+            prune.preflight(dataclasses.replace(one, prune=dataclasses.replace(one.prune, source=None)))
+    for number in chosen:
+        one = round_config(config, number)
+        log.info("round %d of %d", number, len(config.rounds))
+        if one.prune.source and not Path(one.prune.source).expanduser().is_dir() and config.stage is not Stage.status:
+            raise ConfigError(
+                f"round {number} prunes {one.prune.source}, which isn't there; run round={number - 1} up to export"
+            )
+        first = _run_dir(round_config(config, 1)) / "tokens"
+        tokens = _run_dir(one) / "tokens"
+        if number > 1 and first.exists() and not tokens.exists():
+            with disk_errors(tokens):
+                tokens.parent.mkdir(parents=True, exist_ok=True)
+                tokens.symlink_to(Path("..") / "round_1" / "tokens")
+        run(one)
+
+
 def _print(table: Table) -> None:
     """To standard output, where nothing else goes; in a file or a pipe as wide as a table needs."""
     Console(width=None if sys.stdout.isatty() else 140).print(table)
@@ -155,16 +194,26 @@ def _run_dir(config: CompressConfig) -> Path:
 
 
 def _chosen(config: CompressConfig) -> list[Stage]:
-    """The stages of config.stage. A student pruned elsewhere needs neither scores nor pruning."""
-    if config.stage is not Stage.all:
-        return [config.stage]
-    return [stage for stage in STAGES if not (config.distill.init_from and stage in (Stage.score, Stage.prune))]
+    """The stages of config.stage. Raises ConfigError for one alone that this config leaves out."""
+    if config.stage is Stage.search and not config.search.num_candidates:
+        raise ConfigError("stage=search needs search.num_candidates, such as 8, and a budget to search within")
+    return [config.stage] if config.stage is not Stage.all else [s for s in STAGES if s not in _left_out(config)]
+
+
+def _left_out(config: CompressConfig) -> set[Stage]:
+    """A student pruned elsewhere needs neither scores nor pruning; without candidates there is nothing to search."""
+    elsewhere = {Stage.score, Stage.search, Stage.prune} if config.distill.init_from else set()
+    return elsewhere | (set() if config.search.num_candidates else {Stage.search})
 
 
 def _check_places(config: CompressConfig) -> None:
     """What a run writes must not lie in a folder that it fingerprints."""
     run_dir = _run_dir(config).resolve()
-    models = {"teacher.path": teacher_of(config), "distill.init_from": config.distill.init_from}
+    models = {
+        "teacher.path": teacher_of(config),
+        "distill.init_from": config.distill.init_from,
+        "prune.source": config.prune.source,
+    }
     for key, folder in models.items():
         if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
             raise ConfigError(
@@ -174,21 +223,22 @@ def _check_places(config: CompressConfig) -> None:
 
 
 def _check_models(config: CompressConfig) -> None:
-    """transformers takes the teacher, and a student from elsewhere (distill.init_from) that speaks the same ids."""
+    """transformers takes the teacher, and a model from elsewhere (distill.init_from, prune.source) with its ids."""
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     check_usable(teacher, trust)
-    if not config.distill.init_from:
-        return
-    student = Path(config.distill.init_from).expanduser()
-    ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
-    if ours != theirs:
-        raise ConfigError(
-            f"distill.init_from={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
-            "id by id, so give both the same vocabulary rows"
-        )
-    check_usable(student, trust)
-    check_same_tokenizer(teacher, student, trust)
+    for key, folder in (("distill.init_from", config.distill.init_from), ("prune.source", config.prune.source)):
+        if not folder:
+            continue
+        student = Path(folder).expanduser()
+        ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
+                "id by id, so give both the same vocabulary rows"
+            )
+        check_usable(student, trust)
+        check_same_tokenizer(teacher, student, trust)
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:
@@ -234,8 +284,17 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             plain["data"][split][number] |= {"path": None, "name": set_name(source), "weight": None}
     plain["data"]["train[*]"] = {"weight": [source.weight for source in config.data.train]}
     teacher_fingerprint = fingerprint_path(teacher)
-    for stage in (Stage.score, Stage.prune, Stage.distill, Stage.evaluate):
+    for stage in (Stage.score, Stage.search, Stage.prune, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
+    if config.prune.source:
+        source = Path(config.prune.source).expanduser()
+        if not source.is_dir():
+            raise ArtifactError(
+                f"prune.source={source} is no folder; give the Hugging Face folder of what is to be pruned"
+            )
+        for stage in (Stage.score, Stage.search, Stage.prune):
+            files[stage]["prune.source's files"] = fingerprint_path(source)
+            plain["prune"]["source"] = None  # what it holds counts, not where it lies
     if config.architecture.table:
         for stage in (Stage.score, Stage.prune):
             files[stage]["architecture.table"] = fingerprint_path(Path(config.architecture.table).expanduser())
@@ -251,9 +310,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             reads += ("prune.num_hidden_layers",)  # it says how far they go
         settings = {key: _look_up(plain, key) for key in reads}
         upstream = {
-            before.value: result[before]["fingerprint"]
-            for before in entry.after
-            if not (before is Stage.prune and config.distill.init_from)
+            before.value: result[before]["fingerprint"] for before in entry.after if before not in _left_out(config)
         }
         facts = {"format_version": FORMAT_VERSION, "settings": settings, "files": files[stage], "upstream": upstream}
         result[stage] = {**facts, "fingerprint": fingerprint(facts)}
@@ -318,7 +375,7 @@ def _check_upstream(
     """Every stage that will run has its inputs: done before with these settings, or earlier in this command."""
     for stage in todo:
         for before in STAGES[stage].after:
-            if before in chosen or (before is Stage.prune and config.distill.init_from):
+            if before in chosen or before in _left_out(config):
                 continue
             done = _is_done(config, before, expected[before])
             if before is Stage.distill and config.export.step is not None:

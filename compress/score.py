@@ -24,7 +24,7 @@ from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.gradients import estimate_taylor, weight_magnitude
 from compress.importance import estimate_importance, stream_importance
-from compress.inputs import check_calibration, streams, task_items, teacher_of, whole_bytes
+from compress.inputs import check_calibration, source_of, streams, task_items, whole_bytes
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
 from compress.parallel import available_bytes, resolve_dtype
@@ -43,7 +43,7 @@ SKIP_SHARE = 0.5
 def run(config: CompressConfig, run_dir: Path) -> None:
     """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text."""
     trust = config.teacher.trust_remote_code
-    info = read_model(teacher_of(config), trust)
+    info = read_model(source_of(config), trust)
     tokens = _calibration(config, run_dir, info)
     criteria = [parse_criterion(text) for text in config.score.width]
     started = time.monotonic()
@@ -93,7 +93,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
 
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError for criteria that this teacher or these settings can't give. Reads no weights."""
-    info = read_model(teacher_of(config), config.teacher.trust_remote_code)
+    info = read_model(source_of(config), config.teacher.trust_remote_code)
     if streams(config, info):
         whole = [text for text in config.score.width if parse_criterion(text).kind == "taylor"]
         whole += [str(c) for c in config.score.depth if c is not DepthCriterion.block_influence]
