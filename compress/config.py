@@ -174,6 +174,7 @@ class PruneConfig:
 class ShapeConfig:
     multiple_of: int = 16
     min_budget_ratio: float = 0.9  # a budget's candidates use at least this share of it
+    tensor_parallel: int = 1  # ranks of the serving engine that heads, MLP and expert widths must divide over
     context_tokens: int = 4096  # that prune.max_bytes holds keys and values for
     num_contexts: int = 1
     max_width_pruning: float = 0.5
@@ -462,7 +463,7 @@ _RULES: tuple[_Rule, ...] = (
         lambda v: v >= 1,
         "must be at least 1",
         "data.records_per_shard score.num_sequences score.depth_sequences score.task_items score.micro_batch_size "
-        "score.max_removed_layers shape.multiple_of prune.hidden_size prune.intermediate_size "
+        "score.max_removed_layers shape.multiple_of shape.tensor_parallel prune.hidden_size prune.intermediate_size "
         "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
         "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
         "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "

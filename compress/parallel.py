@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import resource
 import shutil
@@ -32,15 +33,14 @@ log = logging.getLogger(__name__)
 @functools.cache
 def _measured_dtype() -> torch.dtype:
     """bfloat16 where one of its products is faster than float32's, which on a CPU depends on AMX or AVX512-BF16."""
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-        times = []
-        for _ in range(4):  # the first one also packs and compiles
+    left, right = torch.randn(512, 1024), torch.randn(1024, 1024)
+    seconds = dict.fromkeys((torch.bfloat16, torch.float32), math.inf)
+    for _ in range(12):  # in turns, and the best of many: a busy machine disturbs some of them, not all
+        for dtype in seconds:
+            one, other = left.to(dtype), right.to(dtype)
             start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])
+            one @ other
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     chosen = torch.bfloat16 if ratio > 1 else torch.float32
     log.info("compute_dtype=auto: a bfloat16 product is %.1fx float32's speed here, so %s", ratio, str(chosen)[6:])

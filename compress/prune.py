@@ -65,7 +65,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         log.info("%d legal shapes within the budget; best predicted: %s", len(candidates), _sizes(shape))
     else:
         shape = given_shape(config, info)
-    check_shape(info, shape, config.shape.multiple_of)
+    check_shape(info, shape, config.shape.multiple_of, config.shape.tensor_parallel)
     kept = select(importance, shape, config.prune.removed_layers, width=width, depth=depth)
     gone = sorted(set(range(info.shape.num_hidden_layers)) - set(kept["layers"].tolist()))
     building, spill, whole = run_dir / ".prune", run_dir / ".prune-spill", not streams(config, info)
@@ -147,6 +147,8 @@ def _choices(config: CompressConfig, info: ModelInfo, importance: Importance, sh
         widths = ("hidden_size", "intermediate_size", "moe_intermediate_size")
         if searched and name in widths and name not in given and value != teacher:
             choices[name] += f", a multiple of shape.multiple_of={config.shape.multiple_of}"
+        if searched and name != "hidden_size" and name not in given and config.shape.tensor_parallel > 1:
+            choices[name] += f"; shared evenly by shape.tensor_parallel={config.shape.tensor_parallel} ranks"
         if name == "hidden_size" and info.family.hidden_divisible_by_heads and value != teacher:
             choices[name] += (
                 f"; divisible by num_attention_heads={shape.num_attention_heads} as {info.family.title} asks"

@@ -29,7 +29,10 @@ from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
 from compress.parallel import available_bytes, resolve_dtype
 from compress.progress import console, track
+from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
+from compress.shapes import enumerate_shapes, rank
+from compress.targets import budget, given_shape, grid_of
 from compress.tokens import TokenBatch, TokenSet
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         "num_sequences": importance.num_sequences,
         "num_tokens": importance.num_tokens,
         "block_influence": importance.block_influence_L.tolist(),
+        "width_criteria": list(importance.widths),
         "rank_correlation": agreement,
         "depth": {name: {"removed": d.removed, "cost": d.cost, **facts[name]} for name, d in depths.items()},
         "seconds": seconds,
@@ -86,9 +90,11 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     for name, found in depths.items():
         if found.removed:
             log.info("depth by %s: layers %s (%.3f)", name, found.of(len(found.removed)), found.cost[-1])
-    write_json(run_dir / "score" / REPORT, report)
     if len(criteria) + len(depths) > 2:
+        if model is not None:
+            report["recommendation"] = _recommendation(config, info, model, tokens, importance)
         console.print(table(report))
+    write_json(run_dir / "score" / REPORT, report)
 
 
 def preflight(config: CompressConfig) -> None:
@@ -109,6 +115,29 @@ def preflight(config: CompressConfig) -> None:
             _reach(config, info)
     if any(criterion.startswith("task") for criterion in config.score.depth):
         task_items(config)
+
+
+def _recommendation(
+    config: CompressConfig, info: ModelInfo, model: PreTrainedModel, tokens: TokenSet, importance: Importance
+) -> dict[str, Any]:
+    """What the model that each criterion would leave loses, at the shape that prune.* asks for."""
+    if budget(config):
+        grid = grid_of(config, info, importance)
+        shapes = enumerate_shapes(info, grid) if grid.limits else []
+        shape = rank(shapes, importance, info.shape)[0].shape if shapes else info.shape
+    else:
+        shape = given_shape(config, info)
+    count = min(tokens.num_sequences, config.score.depth_sequences)
+    batches = list(_batches(tokens, count, config.score.micro_batch_size))
+
+    def progress(trials: Iterator[str], total: int) -> Iterator[str]:
+        return track(trials, f"comparing criteria on {count} sequences", total, "criterion")
+
+    found = compare_criteria(model, batches, importance, info.shape, shape, progress)
+    for axis, key in (("width", "prune.width_criterion"), ("depth", "prune.depth_criterion")):
+        if found[axis]["best"]:
+            log.info("recommended: %s=%s, KL %.4f untrained", key, found[axis]["best"], min(found[axis]["kl"].values()))
+    return found
 
 
 def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:
@@ -229,15 +258,32 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """How far the width criteria agree with the first one, and what each depth criterion would remove."""
+    """The criteria side by side: what each would leave untrained, and how far it agrees with the first one."""
     result = Table(title="criteria", title_justify="left")
     result.add_column("criterion")
+    result.add_column("KL, nats/token", justify="right")
     result.add_column("agrees with the first on (rank correlation), or removes")
-    axes = report["rank_correlation"]
-    for name in next(iter(axes.values())):
+    axes, advice = report["rank_correlation"], report.get("recommendation")
+
+    def kl(axis: str, name: str) -> str:
+        value = advice[axis]["kl"].get(name) if advice else None
+        if value is None:
+            return "-"
+        return f"[bold]{value:.4f}[/bold]" if name == advice[axis]["best"] else f"{value:.4f}"
+
+    first = report["width_criteria"][0]
+    result.add_row(first, kl("width", first), "(the first)")
+    for name in report["width_criteria"][1:]:
         found = {axis: row[name] for axis, row in axes.items()}
-        result.add_row(name, ", ".join(f"{axis} {value:.2f}" for axis, value in found.items()))
+        agreement = ", ".join(f"{axis} {value:.2f}" for axis, value in found.items())
+        result.add_row(name, kl("width", name), agreement)
     for name, found in report["depth"].items():
         if found["removed"]:
-            result.add_row(name, f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}")
+            result.add_row(name, kl("depth", name), f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}")
+    if advice:
+        sizes = ", ".join(f"{size}={value}" for size, value in advice["width"]["sizes"].items() if value)
+        result.caption = (
+            f"KL to the teacher of the untrained model that each leaves, on {advice['num_tokens']:,} tokens: widths at "
+            f"{sizes} with every layer, layers at num_hidden_layers={advice['depth']['num_hidden_layers']}"
+        )
     return result

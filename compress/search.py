@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress import checkpoint
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
-from compress.artifacts import building_folder, open_permissions, read_json, write_json
+from compress.artifacts import STARTED, building_folder, open_permissions, read_json, write_json
 from compress.config import CompressConfig, Optimizer, set_name
 from compress.distill import source_weights
 from compress.errors import ArtifactError, ConfigError, NumericalError
@@ -41,7 +41,7 @@ from compress.parallel import available_bytes, resolve_dtype, shard, single_proc
 from compress.progress import console, track
 from compress.scores import Importance
 from compress.shapes import Candidate, Grid, enumerate_shapes, parameter_limit, rank, rank_correlation
-from compress.slicing import copy_companions, select
+from compress.slicing import copy_companions, num_stored_bytes, select
 from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, trunk
 from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
@@ -51,7 +51,7 @@ SPEEDS = "speeds.json"
 NUM_RESAMPLES = 2000
 SPEED_TOKENS = 32  # generated for a candidate's speed
 NUM_BISECTIONS = 6  # of the parameters that a speed admits: to within 1 % of the range
-TRAINING_BYTES = 16  # a parameter: float32 weight, gradient and two moments
+CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Entry:
 
 @dataclass
 class Round:
-    """What the candidates still in it say after `num_tokens` of training: KL of each sequence, in nats (C, S)."""
+    """What the candidates still in it say after `num_tokens` of training: KL of each sequence, in nats (C, S).
+
+    Of one whose training diverged it is infinite.
+    """
 
     num_tokens: int
     names: list[str]
@@ -111,15 +114,16 @@ def preflight(config: CompressConfig) -> None:
 
 
 def disk_bytes(config: CompressConfig, info: ModelInfo) -> int:
-    """At most: the candidates' weights, two checkpoints for each that is trained, and what the teacher says."""
+    """At most: the candidates' weights, a checkpoint for each that is trained and one more, what the teacher says."""
     search = config.search
-    parameters = num_parameters(info, info.shape)
+    parameters = min(num_parameters(info, info.shape), int(config.prune.max_parameters or math.inf))
     trained = len(_halved(range(search.num_candidates), 0)) if search.num_tokens else 0
     rounds = math.ceil(math.log2(max(2, trained)))
     signal_tokens = search.num_tokens * 2 ** (rounds - 1) + search.num_sequences * config.data.sequence_length
     itemsize = resolve_dtype(config.compute_dtype).itemsize
-    weights = search.num_candidates * parameters * 4 + trained * parameters * TRAINING_BYTES
-    return int(weights + signal_tokens * info.shape.hidden_size * itemsize)
+    stored = num_stored_bytes(info) / num_parameters(info, info.shape)
+    weights = search.num_candidates * stored + (trained + 1 if trained else 0) * CHECKPOINT_BYTES
+    return int(parameters * weights + signal_tokens * info.shape.hidden_size * itemsize)
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -128,6 +132,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     info = read_model(source_of(config), trust)
     importance = importance_of(run_dir, info)
     folder = run_dir / "search"
+    _drop_work_of_other_settings(folder)
     entries = {entry.name: entry for entry in _entries(config, info, importance, folder)}
     model = load_model(teacher_of(config), resolve_dtype(config.compute_dtype), trust)
     teacher = RecordedTeacher(model, folder / "teacher")
@@ -151,6 +156,16 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     for scratch in ("teacher", "training"):
         shutil.rmtree(folder / scratch, ignore_errors=True)
     console.print(table(report))
+
+
+def _drop_work_of_other_settings(folder: Path) -> None:
+    """Figures stand for the settings that they were begun with. A failed search binds nobody, so others may come."""
+    now = read_json(folder / STARTED)["fingerprint"]
+    mark = folder / "figures" / "settings.json"
+    if mark.exists() and read_json(mark) != now:
+        for scratch in ("figures", "candidates", "teacher", "training", "winner"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
+    write_json(mark, now)
 
 
 def _halved(names: Sequence[Any], num_tokens: int) -> list[Any]:
@@ -300,18 +315,23 @@ def _round(
         if not path.exists():
             what = f"candidate {number} of {len(entries)}, {entry.name}"
             student = _student(config, run_dir, info, importance, entry)
+            kl_S: list[float] = []
             if num_tokens:
                 model = _trained(config, run_dir, teacher, student, entry, num_tokens, what)
             else:
                 model = load_model(student, teacher.model.dtype, config.teacher.trust_remote_code)
-            kl_S = _divergence(model.eval(), teacher, track(judge, f"comparing {what}", unit="sequence"))
-            if not all(map(math.isfinite, kl_S)):
-                raise NumericalError(
-                    f"search: the KL of candidate {entry.name} after {num_tokens} tokens is not finite; set "
-                    f"compute_dtype=float32 or lower distill.learning_rate={config.distill.learning_rate}"
-                )
-            write_json(path, {"kl": kl_S})
-        rows.append(read_json(path)["kl"])
+            if model is not None:
+                kl_S = _divergence(model.eval(), teacher, track(judge, f"comparing {what}", unit="sequence"))
+            finite = model is not None and all(map(math.isfinite, kl_S))
+            if not finite:
+                log.warning("search: candidate %s is not finite after %d tokens and loses", entry.name, num_tokens)
+            write_json(path, {"kl": kl_S if finite else None})
+        rows.append(read_json(path)["kl"] or [math.inf] * len(judge))
+    if all(math.inf in row for row in rows):
+        raise NumericalError(
+            f"search: no candidate is finite after {num_tokens} tokens; lower distill.learning_rate="
+            f"{config.distill.learning_rate}, set compute_dtype=float32, or look at the teacher's weights"
+        )
     counts = torch.tensor([int(batch.loss_mask.sum()) for batch in judge], dtype=torch.float64)
     return Round(num_tokens, [e.name for e in entries], torch.tensor(rows, dtype=torch.float64), counts)
 
@@ -333,14 +353,18 @@ def _student(config: CompressConfig, run_dir: Path, info: ModelInfo, importance:
 
 def _trained(
     config: CompressConfig, run_dir: Path, teacher: Teacher, student: Path, entry: Entry, num_tokens: int, what: str
-) -> PreTrainedModel:
-    """The candidate after `num_tokens`, going on from its last round: warm-up, then a constant rate."""
+) -> PreTrainedModel | None:
+    """The candidate after `num_tokens`, going on from its last round: warm-up, then a constant rate.
+
+    None when its loss or gradient stopped being finite.
+    """
     settings, trust = config.distill, config.teacher.trust_remote_code
     data = TokenSet.open(run_dir / "tokens" / "train")
     batch_size, folder = settings.global_batch_size, run_dir / "search" / "training" / entry.name
     tokens_per_step = batch_size * data.sequence_length
     stop = num_tokens // tokens_per_step
-    order = SequenceOrder(data.source_sizes, source_weights(config), stop * batch_size, seed=config.seed)
+    # Another order than distill's, so that a winner that is continued doesn't begin with what it has just seen.
+    order = SequenceOrder(data.source_sizes, source_weights(config), stop * batch_size, seed=config.seed + 1)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)
@@ -370,9 +394,9 @@ def _trained(
             size = settings.micro_batch_size
             micro_batches = (data.batch(indices[i : i + size]) for i in range(0, len(indices), size))
             loss, _ = accumulate_gradients(module, teacher, micro_batches)
-            if not math.isfinite(loss):
-                break  # its KL says so
-            optimizer.step(min(1.0, (step + 1) / (settings.warmup_steps + 1)), settings.max_gradient_norm)
+            factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+            if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
+                return None
         checkpoint.save(folder, stop, state(), {"tokens": num_tokens}, keep=1)
     plain = load_model(student, torch.float32, trust)
     checkpoint.load(
@@ -453,7 +477,7 @@ def _report(
         "rounds": [
             {
                 "num_tokens": done.num_tokens,
-                "kl": dict(zip(done.names, done.kl_C.tolist(), strict=True)),
+                "kl": {n: v if math.isfinite(v) else None for n, v in zip(done.names, done.kl_C.tolist(), strict=True)},
                 "win_share": dict(zip(done.names, done.win_shares(config.seed), strict=True)),
             }
             for done in rounds
@@ -484,7 +508,7 @@ def table(report: Mapping[str, Any]) -> Table:
 
     def standing(row: Mapping[str, Any]) -> tuple[int, float]:
         figures = [kl for kl in last[row["name"]] if kl is not None]
-        return -len(figures), figures[-1]
+        return -len(figures), figures[-1] if figures else math.inf
 
     for row in sorted(report["candidates"], key=standing):
         cells = []

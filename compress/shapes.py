@@ -18,6 +18,7 @@ from compress.architecture import (
     num_active_parameters,
     num_embedding_parameters,
     num_parameters,
+    uneven_size,
     with_sizes,
 )
 from compress.errors import ConfigError
@@ -77,6 +78,7 @@ class Grid:
     limits: Sequence[Limit]
     min_budget_ratio: float = 0.9  # of one limit at least
     multiple_of: int = 16
+    tensor_parallel: int = 1
     max_width_pruning: float = 0.5
     max_depth_pruning: float = 0.5
     max_removed_layers: int | None = None  # how far the layers' removal order goes
@@ -185,8 +187,14 @@ def _open_shapes(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> Itera
     """For every choice of the other axes, the shapes over all intermediate (or expert) sizes, ascending."""
     teacher = info.shape
     last = "intermediate_size" if teacher.intermediate_size else "moe_intermediate_size"
-    widths = _widths(last, getattr(teacher, last), grid.multiple_of, grid, fixed)
-    for heads, groups in _heads(teacher, grid, fixed):
+    step = lcm(grid.multiple_of, grid.tensor_parallel)
+    widths = [w for w in _widths(last, getattr(teacher, last), step, grid, fixed) if w % grid.tensor_parallel == 0]
+    for heads, groups in _heads(teacher, grid, fixed) if widths else ():
+        if uneven_size(
+            with_sizes(teacher, {"num_attention_heads": heads, "num_key_value_heads": groups, last: widths[0]}),
+            grid.tensor_parallel,
+        ):
+            continue
         for hidden in _hidden(info, heads, grid, fixed):
             for layers in _layers(teacher, grid, fixed):
                 for experts in _experts(info, grid, fixed):

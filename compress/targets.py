@@ -52,7 +52,7 @@ def given_shape(config: CompressConfig, info: ModelInfo) -> Shape:
                 f"{total - len(removed)} of {total}; give one of the two"
             )
     shape = with_sizes(info.shape, sizes)
-    check_shape(info, shape, config.shape.multiple_of)
+    check_shape(info, shape, config.shape.multiple_of, config.shape.tensor_parallel)
     if shape == info.shape:
         raise ConfigError(
             "prune.* leaves the teacher as it is; set one of "
@@ -98,6 +98,7 @@ def grid_of(config: CompressConfig, info: ModelInfo, importance: Importance | No
         limits=_limits(config, info),
         min_budget_ratio=config.shape.min_budget_ratio,
         multiple_of=config.shape.multiple_of,
+        tensor_parallel=config.shape.tensor_parallel,
         max_width_pruning=config.shape.max_width_pruning,
         max_depth_pruning=config.shape.max_depth_pruning,
         max_removed_layers=reach,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from compress import search
 from compress.architecture import num_parameters
 from compress.config import load_config
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.folders import read_model
 from compress.metrics import language_modelling
 from compress.models import load_model
@@ -165,6 +165,23 @@ def test_a_killed_search_goes_on_to_the_same_report(
     assert not [path for path in (tmp_path / "run").rglob(".*") if not path.name.endswith(".lock")]
 
 
+def test_a_diverged_candidate_loses_and_no_figure_of_other_settings_is_kept(run: Run, tmp_path: Path) -> None:
+    """At a rate at which all diverge the search fails; at a sane one it starts anew instead of mixing the two."""
+    for stage in ("tokenize", "score"):
+        run(*SEARCH, f"stage={stage}")
+    wild = (*SEARCH, "distill.learning_rate=1e30", "distill.warmup_steps=0", "stage=search")
+    with pytest.raises(
+        NumericalError, match=r"no candidate is finite after 1024 tokens; lower distill.learning_rate=1e"
+    ):
+        run(*wild)
+    figures = tmp_path / "run" / "search" / "figures"
+    assert read(sorted(figures.glob("*-1024-tokens.json"))[0]) == {"kl": None}
+    run(*SEARCH, "stage=search")
+    report = read(tmp_path / "run" / "search" / "report.json")
+    assert len(report["rounds"]) == 3
+    assert all(kl is not None for done in report["rounds"] for kl in done["kl"].values())
+
+
 def test_without_tokens_the_untrained_kl_decides(run: Run, tmp_path: Path) -> None:
     settings = (*SHAPE, "search.num_candidates=3", "search.num_sequences=4")
     for stage in ("tokenize", "score", "search", "prune"):
@@ -184,7 +201,6 @@ def test_a_speed_is_measured_and_refused_when_out_of_reach(run: Run, tmp_path: P
         ConfigError, match=r"min_tokens_per_second=1e\+09 is out of reach on this machine: the fastest of"
     ):
         run(*shape, *few, "prune.min_tokens_per_second=1e9", "stage=search")
-    shutil.rmtree(tmp_path / "run" / "search")
     run(*shape, *few, "prune.min_tokens_per_second=1", "stage=search")
     report = read(tmp_path / "run" / "search" / "report.json")
     assert all(row["tokens_per_second"] >= 1 for row in report["candidates"])

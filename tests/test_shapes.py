@@ -249,6 +249,21 @@ def test_every_limit_holds_of_the_real_model(variant: str, models: dict[str, Mod
             assert any(count(model) >= 0.9 * limit.value for limit, count in chosen)
 
 
+def test_sizes_divide_over_the_ranks_of_tensor_parallel(models: dict[str, ModelInfo]) -> None:
+    """6 heads in 3 groups and an MLP of 72: two ranks share 2 or 4 heads, and copy one group or share two."""
+    info = models["llama"]
+    budget = int(0.6 * num_parameters(info, info.shape))
+    found = {shape for shape, _ in enumerate_shapes(info, grid(info, budget, multiple_of=4, tensor_parallel=2))}
+    assert found
+    assert all(s.num_attention_heads % 2 == 0 and s.intermediate_size % 2 == 0 for s in found)
+    assert all(s.num_key_value_heads % 2 == 0 or s.num_key_value_heads == 1 for s in found)
+    assert found < {shape for shape, _ in enumerate_shapes(info, grid(info, budget, multiple_of=4))}
+    with pytest.raises(ConfigError, match=r"num_attention_heads=3 can't be split over shape.tensor_parallel=2 ranks"):
+        check_shape(info, with_sizes(info.shape, {"num_attention_heads": 3}), 4, 2)
+    with pytest.raises(ConfigError, match=r"num_key_value_heads=3 can't be split over shape.tensor_parallel=2"):
+        check_shape(info, info.shape, 4, 2)
+
+
 def test_several_limits_out_of_reach_are_all_named(models: dict[str, ModelInfo]) -> None:
     info = models["llama"]
     limits = [parameter_limit(info, int(0.7 * num_parameters(info, info.shape))), memory_limit(info, 1000, 2, 64, 1)]
