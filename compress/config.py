@@ -168,6 +168,7 @@ class PruneConfig:
     compensate: bool = False  # kept MLP channels and heads absorb what the removed ones did, by least squares
     merge_heads: bool = False  # Minitron's residual merge: removed heads are folded into kept ones
     compensate_sequences: int = 128  # of calibration text, or as many as there are
+    adapters: list[str] = field(default_factory=list)  # PEFT LoRA folders, sliced along into adapters/NAME
 
 
 @dataclass
@@ -524,6 +525,9 @@ def check(config: CompressConfig) -> None:
             "prune.merge_heads=true can't be combined with prune.compensate=true, which is fitted to heads as they "
             "are; set one of the two to false"
         )
+    names = [Path(path).name for path in config.prune.adapters]
+    if len(set(names)) != len(names) or not all(names):
+        raise ConfigError(f"prune.adapters: the folders' names {names} must differ, since each keeps its own")
     _check_criteria(config)
     for split in ("train", "calibration", "validation"):
         _check_sources(split, getattr(config.data, split))
@@ -593,6 +597,9 @@ def round_config(config: CompressConfig, number: int) -> CompressConfig:
     """The config of one of config.rounds, from 1: a run of its own that prunes the student of the round before."""
     chosen = config.rounds[number - 1]
     before = None if number == 1 else f"{config.run_dir}/round_{number - 1}/export"
+    adapters = chosen.prune.adapters
+    if not adapters and before is not None:
+        adapters = [f"{before}/adapters/{Path(path).name}" for path in config.rounds[number - 2].prune.adapters]
     distill = replace(
         config.distill,
         num_tokens=config.distill.num_tokens if chosen.num_tokens is None else chosen.num_tokens,
@@ -601,7 +608,7 @@ def round_config(config: CompressConfig, number: int) -> CompressConfig:
     return replace(
         config,
         run_dir=f"{config.run_dir}/round_{number}",
-        prune=replace(chosen.prune, source=chosen.prune.source or before),
+        prune=replace(chosen.prune, source=chosen.prune.source or before, adapters=adapters),
         distill=distill,
         rounds=[],
         round=None,

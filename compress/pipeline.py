@@ -167,7 +167,10 @@ def _run_rounds(config: CompressConfig) -> None:
     if config.stage not in (Stage.status, Stage.selftest):
         for number in range(1, len(config.rounds) + 1):  # what can be refused now, before the first one's long work
             one = round_config(config, number)
-            prune.preflight(dataclasses.replace(one, prune=dataclasses.replace(one.prune, source=None)))
+            adapters = one.prune.adapters if number == 1 else []
+            prune.preflight(
+                dataclasses.replace(one, prune=dataclasses.replace(one.prune, source=None, adapters=adapters))
+            )
     for number in chosen:
         one = round_config(config, number)
         log.info("round %d of %d", number, len(config.rounds))
@@ -295,6 +298,11 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
         for stage in (Stage.score, Stage.search, Stage.prune):
             files[stage]["prune.source's files"] = fingerprint_path(source)
             plain["prune"]["source"] = None  # what it holds counts, not where it lies
+    for number, adapter in enumerate(config.prune.adapters):
+        if not Path(adapter).expanduser().is_dir():
+            raise ArtifactError(f"prune.adapters={adapter} is no folder; give one that peft's save_pretrained wrote")
+        files[Stage.prune][f"prune.adapters[{number}]"] = fingerprint_path(Path(adapter).expanduser())
+    plain["prune"]["adapters"] = [Path(adapter).name for adapter in config.prune.adapters]
     if config.architecture.table:
         for stage in (Stage.score, Stage.prune):
             files[stage]["architecture.table"] = fingerprint_path(Path(config.architecture.table).expanduser())

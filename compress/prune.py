@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compress.adapters import read_adapter
 from compress.architecture import (
     ModelInfo,
     check_shape,
@@ -41,6 +42,8 @@ def preflight(config: CompressConfig) -> None:
     info = read_model(source_of(config), config.teacher.trust_remote_code)
     if config.distill.init_from and not (given_sizes(config) or config.prune.removed_layers or budget(config)):
         return
+    for adapter in config.prune.adapters:
+        read_adapter(Path(adapter).expanduser(), info)
     if not budget(config):
         given_shape(config, info)
         return

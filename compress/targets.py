@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from compress.adapters import slice_adapter
 from compress.architecture import ModelInfo, check_shape, with_sizes
 from compress.artifacts import fingerprint_path, read_json, remedy_for, save_tensors
 from compress.compensation import compensated_weights, stream_compensated_weights
@@ -27,7 +28,7 @@ from compress.shapes import Grid, Limit, active_limit, memory_limit, non_embeddi
 from compress.slicing import MAX_SHARD_BYTES, Kept, largest_layer_bytes, slice_checkpoint
 from compress.tokens import TokenSet
 
-KEPT = "kept.safetensors"
+KEPT, ADAPTERS = "kept.safetensors", "adapters"
 SEARCH_REPORT = "report.json"
 
 
@@ -144,6 +145,9 @@ def cut(
         max_shard_bytes=largest_layer_bytes(info) if streams(config, info) else MAX_SHARD_BYTES,
         trust_remote_code=config.teacher.trust_remote_code,
     )
+    for adapter in config.prune.adapters:
+        source = Path(adapter).expanduser()
+        slice_adapter(source, folder / ADAPTERS / source.name, info, kept)
     save_tensors(folder / KEPT, dict(kept), {"kept": json.dumps({"format_version": 1, "teacher": asdict(info.shape)})})
     return replaced
 
