@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
@@ -28,6 +31,7 @@ from compress.errors import ConfigError
 from compress.models import decoder_layers
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @functools.cache
@@ -75,12 +79,68 @@ def _anonymous_bytes() -> int:
     return 0
 
 
-def refuse_several_ranks() -> None:
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a launcher. Work is dealt out as cards are, and what they found is added in the ranks' order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files."""
+        return self.rank == 0
+
+    def mine(self, items: Iterable[T]) -> Iterator[T]:
+        return itertools.islice(items, self.rank, None, self.size)
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors, in float64, on every rank; all ranks call it with the same shapes."""
+        if self.size == 1:
+            return [[tensor.double() for tensor in tensors]]
+        flat = torch.cat([tensor.double().cpu().flatten() for tensor in tensors])
+        everyones = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(everyones, flat)
+        sizes = [tensor.numel() for tensor in tensors]
+        return [
+            [part.view(tensor.shape) for part, tensor in zip(one.split(sizes), tensors, strict=True)]
+            for one in everyones
+        ]
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Over the ranks, in float64."""
+        return [torch.stack(found).sum(0) for found in zip(*self.gather(tensors), strict=True)]
+
+
+ALONE = Ranks()
+
+
+def launched() -> Ranks:
+    """What the launcher's environment says (torchrun, srun with its variables); alone without one."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The launched ranks, which can talk to each other (gloo) inside the block."""
+    ranks = launched()
+    own = ranks.size > 1 and not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo")
+    try:
+        yield ranks
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def refuse_several_ranks(stage: str = "this stage") -> None:
     """Raise ConfigError under a launcher that started more than one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched().size
     if world > 1:
         raise ConfigError(
-            f"WORLD_SIZE={world}: this version runs one process; start it without torchrun, or with 1 rank"
+            f"WORLD_SIZE={world}: {stage} runs in one process in this version, only stage=score in several; start it "
+            "without torchrun, or with 1 rank"
         )
 
 

@@ -38,7 +38,7 @@ from compress.families import add_families
 from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable
-from compress.parallel import check_compiler, refuse_several_ranks
+from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.sources import local_files
 
@@ -121,7 +121,8 @@ def run(config: CompressConfig) -> None:
     if config.stage is Stage.status:
         _print(status(config))
         return
-    refuse_several_ranks()
+    if config.stage is not Stage.score:
+        refuse_several_ranks(f"stage={config.stage}")
     if config.architecture.table:
         add_families(Path(config.architecture.table).expanduser())
     if config.stage is Stage.selftest:
@@ -247,6 +248,9 @@ def _check_models(config: CompressConfig) -> None:
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:
     entry = STAGES[stage]
     folder = run_dir / entry.folder(config)
+    if not launched().is_main:  # the first rank keeps the books
+        entry.run(config, run_dir)
+        return
     with run_lock(run_dir, folder.name):
         if _is_done(config, stage, expected):  # another process finished it since we looked
             return

@@ -59,9 +59,13 @@ def compare_criteria(
         with masked(model, select(importance, shape, gone, width=width)):
             for batch, signal in zip(batches, signals, strict=True):
                 hidden_ND = trunk(model, batch)[batch.loss_mask]
-                soft_caps = {"student_softcap": head.softcap, "teacher_softcap": head.softcap}
                 total += distillation_loss(
-                    hidden_ND, head.weight_VD, signal.hidden_NE, head.weight_VD, **soft_caps
+                    hidden_ND,
+                    head.weight_VD,
+                    signal.hidden_NE,
+                    head.weight_VD,
+                    student_softcap=head.softcap,
+                    teacher_softcap=head.softcap,
                 ).item()
         return total / count
 

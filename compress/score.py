@@ -27,7 +27,7 @@ from compress.importance import estimate_importance, stream_importance
 from compress.inputs import check_calibration, source_of, streams, task_items, whole_bytes
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
-from compress.parallel import available_bytes, resolve_dtype
+from compress.parallel import Ranks, available_bytes, joined, resolve_dtype
 from compress.progress import console, track
 from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
@@ -44,26 +44,34 @@ SKIP_SHARE = 0.5
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
-    """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text."""
+    """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text.
+
+    Under torchrun every rank calls it and takes its share of the calibration set; the first one writes.
+    """
+    with joined() as ranks:
+        _run(config, run_dir, ranks)
+
+
+def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     trust = config.teacher.trust_remote_code
     info = read_model(source_of(config), trust)
-    tokens = _calibration(config, run_dir, info)
+    tokens = _calibration(config, run_dir, info, ranks)
     criteria = [parse_criterion(text) for text in config.score.width]
     started = time.monotonic()
     model = None
     if streams(config, info):
-        importance = _streamed(config, run_dir, info, tokens, criteria)
+        importance = _streamed(config, run_dir, info, tokens, criteria, ranks)
     else:
         model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
         model.eval().requires_grad_(False)
-        importance = _activations(config, model, tokens, criteria)
+        importance = _activations(config, model, tokens, criteria, ranks)
     seconds = {"activation": time.monotonic() - started}
     widths = dict(importance.widths)
     for criterion in criteria:
         began = time.monotonic()
         if criterion.kind == "taylor":
             assert model is not None  # preflight
-            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"))
+            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"), ranks)
         elif criterion.kind == "weight_magnitude":
             widths[str(criterion)] = weight_magnitude(info)
         else:
@@ -72,10 +80,12 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     depths, facts = {}, {}
     for depth in config.score.depth:
         began = time.monotonic()
-        depths[str(depth)], facts[str(depth)] = _depth(config, info, model, tokens, importance, depth)
+        depths[str(depth)], facts[str(depth)] = _depth(config, info, model, tokens, importance, depth, ranks)
         seconds[str(depth)] = time.monotonic() - began
     # In the order of the settings: the first of each is what pruning goes by when it isn't told.
     importance = replace(importance, widths={str(c): widths[str(c)] for c in criteria}, depths=depths)
+    if not ranks.is_main:
+        return
     save_importance(run_dir / "score" / IMPORTANCE, importance, fingerprint_path(info.folder))
     agreement = {axis: _agreement(importance, axis) for axis in importance.width()}
     report: dict[str, Any] = {
@@ -157,7 +167,7 @@ def _tracked(config: CompressConfig, tokens: TokenSet, what: str) -> Iterator[To
     )
 
 
-def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> TokenSet:
+def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo, ranks: Ranks) -> TokenSet:
     tokens = TokenSet.open(run_dir / "tokens" / "calibration")
     if tokens.vocab_size > info.shape.vocab_size:
         raise ConfigError(
@@ -165,25 +175,38 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> Toke
             f"{info.shape.vocab_size}; tokenize again with this teacher's tokenizer"
         )
     check_calibration(config, tokens)
+    groups = -(-config.score.num_sequences // config.score.micro_batch_size)
+    if groups < ranks.size:
+        raise ConfigError(
+            f"WORLD_SIZE={ranks.size}: score.num_sequences={config.score.num_sequences} in micro-batches of "
+            f"score.micro_batch_size={config.score.micro_batch_size} gives work to {groups} ranks only; start fewer, "
+            "or make the micro-batches smaller"
+        )
     return tokens
 
 
 def _activations(
-    config: CompressConfig, model: PreTrainedModel, tokens: TokenSet, criteria: Sequence[Criterion]
+    config: CompressConfig, model: PreTrainedModel, tokens: TokenSet, criteria: Sequence[Criterion], ranks: Ranks
 ) -> Importance:
     """One forward pass; it runs for block influence also where no activation criterion is asked for."""
     wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
     similarity = DepthCriterion.block_cosine in config.score.depth
-    return estimate_importance(model, _tracked(config, tokens, "activations"), wanted, similarity=similarity)
+    batches = _tracked(config, tokens, "activations")
+    return estimate_importance(model, batches, wanted, similarity=similarity, ranks=ranks)
 
 
 def _streamed(
-    config: CompressConfig, run_dir: Path, info: ModelInfo, tokens: TokenSet, criteria: Sequence[Criterion]
+    config: CompressConfig,
+    run_dir: Path,
+    info: ModelInfo,
+    tokens: TokenSet,
+    criteria: Sequence[Criterion],
+    ranks: Ranks,
 ) -> Importance:
     """The same scores with one layer in memory at a time, the hidden states in a file of the run folder."""
     wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
     batches = list(_batches(tokens, config.score.num_sequences, config.score.micro_batch_size))
-    spill = run_dir / ".score-spill"
+    spill = run_dir / f".score-spill-{ranks.rank}"
     try:
         return stream_importance(
             info,
@@ -191,6 +214,7 @@ def _streamed(
             batches,
             wanted,
             spill=spill,
+            ranks=ranks,
             trust_remote_code=config.teacher.trust_remote_code,
             progress=lambda steps, total: track(
                 steps, f"scoring {config.score.num_sequences} sequences, a layer at a time", total, "tok",
@@ -212,6 +236,7 @@ def _depth(
     tokens: TokenSet,
     importance: Importance,
     criterion: DepthCriterion,
+    ranks: Ranks,
 ) -> tuple[LayerRemovals, dict[str, Any]]:
     """What to remove by one criterion, and what the report says of how it was found."""
     if criterion is DepthCriterion.block_influence:
@@ -235,7 +260,7 @@ def _depth(
         )  # fmt: skip
         return removal, {"num_trials": removal.num_trials, "num_items": len(items)}
     batches = list(_batches(tokens, config.score.depth_sequences, config.score.micro_batch_size))
-    removal = rank_layers(model, batches, reach, criterion, skip_share=SKIP_SHARE, progress=progress)
+    removal = rank_layers(model, batches, reach, criterion, skip_share=SKIP_SHARE, progress=progress, ranks=ranks)
     return removal, {"num_trials": removal.num_trials, "num_sequences": config.score.depth_sequences}
 
 
@@ -267,7 +292,7 @@ def table(report: dict[str, Any]) -> Table:
 
     def kl(axis: str, name: str) -> str:
         value = advice[axis]["kl"].get(name) if advice else None
-        if value is None:
+        if advice is None or value is None:
             return "-"
         return f"[bold]{value:.4f}[/bold]" if name == advice[axis]["best"] else f"{value:.4f}"
 
