@@ -247,6 +247,7 @@ class CompressConfig:
     run_dir: str = "runs/${name}"
     cache_dir: str = "${oc.env:COMPRESS_CACHE,'~/.cache/compress'}"
     stage: Stage = Stage.all
+    until: Stage | None = None  # the last one that stage=all runs; none = all of them
     seed: int = 0
     compute_dtype: ComputeDtype = ComputeDtype.auto
     threads: int = 0  # 0 = torch's own choice
@@ -515,6 +516,10 @@ def check(config: CompressConfig) -> None:
             value = operator.attrgetter(key)(config)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value} {text}")
+    if config.until in (Stage.all, Stage.status, Stage.selftest):
+        raise ConfigError(
+            f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
+        )
     _check_batches(config)
     if config.rounds:
         _check_rounds(config)

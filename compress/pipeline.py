@@ -157,6 +157,8 @@ def run(config: CompressConfig) -> None:
         _run_stage(config, run_dir, stage, expected[stage])
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
+    elif chosen[-1] is Stage.prune:
+        print(f"pruned, untrained:  {student_of(config, run_dir)}", flush=True)
     if Stage.evaluate in chosen or Stage.export in chosen:
         pruned = student_of(config, run_dir)
         print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
@@ -201,7 +203,11 @@ def _chosen(config: CompressConfig) -> list[Stage]:
     """The stages of config.stage. Raises ConfigError for one alone that this config leaves out."""
     if config.stage is Stage.search and not config.search.num_candidates:
         raise ConfigError("stage=search needs search.num_candidates, such as 8, and a budget to search within")
-    return [config.stage] if config.stage is not Stage.all else [s for s in STAGES if s not in _left_out(config)]
+    if config.stage is not Stage.all:
+        return [config.stage]
+    order = list(STAGES)
+    last = order.index(config.until) if config.until is not None else len(order)
+    return [stage for stage in order[: last + 1] if stage not in _left_out(config)]
 
 
 def _left_out(config: CompressConfig) -> set[Stage]:

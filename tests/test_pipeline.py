@@ -13,6 +13,7 @@ from typing import get_type_hints
 import pytest
 from conftest import FAST, Run
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from compress import checkpoint, pipeline
 from compress.artifacts import fingerprint_path, run_lock
@@ -471,3 +472,27 @@ def test_the_estimate_grows_with_the_work(cache: Path) -> None:
     assert large[Stage.distill] > 100 * small[Stage.distill]
     assert large[Stage.score] > 10 * small[Stage.score]
     assert 0 < small[Stage.export] < 60
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "gemma3"])
+def test_one_line_prunes_a_folder_of_another_family_to_a_budget(
+    variant: str, cache: Path, teacher_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """recipe=prune with a folder and a budget; only the text is a toy here."""
+    from families import make_model, save_model
+
+    folder = save_model(tmp_path / "inhouse", make_model(variant, vocab_size=512))
+    for file in teacher_source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    toy = ("train", "calibration", "validation")
+    text = [f"data.{split}=[{{path: 'embedded:tiny-{split}'}}]" for split in toy]
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    few = ("score.num_sequences=8", "prune.compensate_sequences=8", "shape.multiple_of=4")
+    line = ("recipe=prune", f"teacher.path={folder}", f"prune.max_parameters={int(0.8 * total)}")
+    pipeline.run(load_config(*line, *FAST[1:5], *text, *few, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"))
+    assert f"pruned, untrained:  {tmp_path / 'run' / 'prune'}" in capsys.readouterr().out
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "prune")
+    assert 0.7 * total <= sum(p.numel() for p in student.parameters()) <= 0.8 * total
+    assert not (tmp_path / "run" / "distill").exists()
+    with pytest.raises(ConfigError, match="until=all is no stage to stop after"):
+        load_config(*FAST, "until=all")
