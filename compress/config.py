@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -31,6 +31,11 @@ from omegaconf.errors import (
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
+
+if TYPE_CHECKING:
+    Size = float
+else:  # as it is written, `8e9`, `8B` or `80GiB`; to_config makes a number of it
+    Size = float | int | str
 
 
 class Stage(StrEnum):
@@ -157,10 +162,10 @@ class PruneConfig:
     num_experts: int | None = None
     moe_intermediate_size: int | None = None  # of one expert
     source: str | None = None  # the Hugging Face folder that is scored and pruned; none = the teacher itself
-    max_parameters: float | None = None
-    max_non_embedding_parameters: float | None = None
-    max_active_parameters: float | None = None  # of which a token meets only num_experts_per_tok experts
-    max_bytes: float | None = None  # weights in export.dtype, keys and values of shape.num_contexts contexts
+    max_parameters: Size | None = None
+    max_non_embedding_parameters: Size | None = None
+    max_active_parameters: Size | None = None  # of which a token meets only num_experts_per_tok experts
+    max_bytes: Size | None = None  # weights in export.dtype, keys and values of shape.num_contexts contexts
     min_tokens_per_second: float | None = None  # of generation, measured here; needs search.num_candidates
     width_criterion: str | None = None  # of score.width; none = its first
     depth_criterion: DepthCriterion | None = None  # of score.depth; none = its first
@@ -187,7 +192,7 @@ class SearchConfig:
     """Choosing among the shapes of a budget by measurement: cut, compare, distil the better half a little, repeat."""
 
     num_candidates: int = 0  # of the best predicted shapes, cut and measured; 0 = the best predicted is taken
-    num_tokens: float = 0  # of the first round's short distillation, each round twice the last; 0 = none
+    num_tokens: Size = 0.0  # of the first round's short distillation, each round twice the last; 0 = none
     num_sequences: int = 32  # that candidates are compared on
     judge: str | None = None  # the validation set these come from; none = the first
     continue_winner: bool = False  # distill goes on from the winner's trained weights instead of prune's
@@ -196,7 +201,7 @@ class SearchConfig:
 @dataclass
 class DistillConfig:
     init_from: str | None = None  # a student pruned elsewhere; none = this run's prune folder
-    num_tokens: float = MISSING
+    num_tokens: Size = MISSING
     global_batch_size: int = 4  # sequences a step
     micro_batch_size: int = 4  # sequences a forward; changes memory, not the gradient
     temperature: float = 1.0
@@ -224,7 +229,7 @@ class ExportConfig:
 
 @dataclass
 class EvaluateConfig:
-    max_tokens: float | None = 32768  # of each validation set; none = all
+    max_tokens: Size | None = 32768.0  # of each validation set; none = all
     micro_batch_size: int = 4
     generate_tokens: int = 64  # for the speed figure
     lm_eval: bool = False
@@ -237,7 +242,7 @@ class RoundConfig:
     """One of several rounds of pruning and distilling; what it leaves out is as for a single one."""
 
     prune: PruneConfig = field(default_factory=PruneConfig)
-    num_tokens: float | None = None  # none = distill.num_tokens
+    num_tokens: Size | None = None  # none = distill.num_tokens
     learning_rate: float | None = None  # none = distill.learning_rate
 
 
@@ -416,6 +421,8 @@ def _rule_of(hint: Any) -> str | None:
         float: "a number",
         bool: "true or false",
         str: "text",
+        Size: "a number, such as 8e9, 8B or 80GiB",
+        Size | None: "a number, such as 8e9, 8B or 80GiB, or null",
         list[int]: "a list of whole numbers, such as [3,4]",
         list[str]: "a list of names, such as [activation,taylor]",
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
@@ -435,6 +442,8 @@ def to_config(composed: DictConfig) -> CompressConfig:
     """Convert what Hydra composed, strictly: unknown keys (also by `+key=`) and wrong types are ConfigErrors."""
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        assert isinstance(plain, dict)
+        _resolve_sizes(plain, CompressConfig)  # type: ignore[arg-type]
         merged = OmegaConf.merge(OmegaConf.structured(CompressConfig), plain)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -450,6 +459,34 @@ def to_config(composed: DictConfig) -> CompressConfig:
     assert isinstance(config, CompressConfig)
     check(config)
     return config
+
+
+_SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf|-inf)\s*([a-z]*)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+
+def parse_size(value: float | str, key: str) -> float:
+    """The number behind `8B` (billion), `1.5M`, `80GiB`, `3e8`. Raises ConfigError for anything else."""
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{key}={value} must be a number, such as 8e9, 8B or 80GiB")
+    return float(match[1]) * _UNITS[match[2].lower()]
+
+
+def _resolve_sizes(plain: dict[str, Any], kind: Any, prefix: str = "") -> None:
+    """Replace what stands for a number by the number, in every section and list."""
+    hints = get_type_hints(kind)
+    for name, value in plain.items():
+        hint, key = hints.get(name), f"{prefix}{name}"
+        if isinstance(value, dict) and is_dataclass(hint):
+            _resolve_sizes(value, hint, f"{key}.")
+        elif isinstance(value, list) and is_dataclass(element := next(iter(get_args(hint)), None)):
+            for number, item in enumerate(value):
+                if isinstance(item, dict):
+                    _resolve_sizes(item, element, f"{key}[{number}].")
+        elif hint in (Size, Size | None) and isinstance(value, float | int | str) and not isinstance(value, bool):
+            plain[name] = value if value == MISSING else parse_size(value, key)
 
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
