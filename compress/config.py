@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +47,7 @@ class Stage(StrEnum):
     distill = "distill"
     export = "export"
     evaluate = "evaluate"
+    plan = "plan"
     status = "status"
     selftest = "selftest"
 
@@ -215,6 +216,7 @@ class DistillConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+    recompute: bool = False  # a layer's activations are made again in the backward: less memory, a third more work
     compile: bool = False  # torch.compile per decoder layer: 1.3x on a CPU after half a minute, needs a C++ compiler
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
@@ -238,6 +240,18 @@ class EvaluateConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """The machines that stage=plan reckons with; nothing here changes a result."""
+
+    num_nodes: int = 1
+    gpus_per_node: int = 0  # 0 = the CPU trains
+    memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
+    peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = measured here
+    efficiency: float = 0.4  # share of it that a training step reaches
+    price_per_gpu_hour: float | None = None
+
+
+@dataclass
 class RoundConfig:
     """One of several rounds of pruning and distilling; what it leaves out is as for a single one."""
 
@@ -257,6 +271,7 @@ class CompressConfig:
     compute_dtype: ComputeDtype = ComputeDtype.auto
     threads: int = 0  # 0 = torch's own choice
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -444,6 +459,9 @@ def to_config(composed: DictConfig) -> CompressConfig:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
         assert isinstance(plain, dict)
         _resolve_sizes(plain, CompressConfig)  # type: ignore[arg-type]
+        if plain.get("stage") == Stage.plan:  # reckons without the text
+            for split, number, source in _sources(plain):
+                source["path"] = f"{split}-{number}.jsonl" if source.get("path") == MISSING else source.get("path")
         merged = OmegaConf.merge(OmegaConf.structured(CompressConfig), plain)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -459,6 +477,13 @@ def to_config(composed: DictConfig) -> CompressConfig:
     assert isinstance(config, CompressConfig)
     check(config)
     return config
+
+
+def _sources(plain: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for split in ("train", "calibration", "validation"):
+        for number, source in enumerate((plain.get("data") or {}).get(split) or ()):
+            if isinstance(source, dict):
+                yield split, number, source
 
 
 _SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf|-inf)\s*([a-z]*)", re.IGNORECASE)
@@ -507,12 +532,12 @@ _RULES: tuple[_Rule, ...] = (
         "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
         "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
         "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
-        "evaluate.generate_tokens",
+        "evaluate.generate_tokens cluster.num_nodes",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
     (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
-    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates"),
+    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates cluster.gpus_per_node"),
     (lambda v: v >= 0 and v == int(v), "must be a whole number of tokens, or 0 for none", "search.num_tokens"),
     (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
     (bool, "is empty; give a folder", "run_dir cache_dir"),
@@ -522,7 +547,8 @@ _RULES: tuple[_Rule, ...] = (
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
         "distill.epsilon prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters "
-        "prune.max_bytes prune.min_tokens_per_second",
+        "prune.max_bytes prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
+        "cluster.price_per_gpu_hour",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
@@ -532,7 +558,7 @@ _RULES: tuple[_Rule, ...] = (
         "is a share: within 0 and 1, 1 excluded",
         "shape.max_width_pruning shape.max_depth_pruning",
     ),
-    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_budget_ratio"),
+    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_budget_ratio cluster.efficiency"),
     (
         lambda v: _positive(v) and v == int(v),
         "must be a whole positive number of tokens",
@@ -553,7 +579,7 @@ def check(config: CompressConfig) -> None:
             value = operator.attrgetter(key)(config)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value} {text}")
-    if config.until in (Stage.all, Stage.status, Stage.selftest):
+    if config.until in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
         raise ConfigError(
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )

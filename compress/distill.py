@@ -24,7 +24,7 @@ from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
-from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
+from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
 from compress.step import StudentModule, Teacher, accumulate_gradients
 from compress.tokens import SequenceOrder, TokenSet
@@ -54,6 +54,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
                 f"vocab_size of student {student_path} is {model.config.vocab_size}, of teacher {teacher_path} "
                 f"{teacher.model.config.vocab_size}: logits are compared id by id; give both the same vocabulary rows"
             )
+        if settings.recompute:
+            recompute_layers(model)
         if settings.compile:
             compile_layers(teacher.model)
             compile_layers(model)

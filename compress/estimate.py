@@ -24,7 +24,8 @@ TEXT_BYTES_PER_SECOND = 0.6e6
 OVERHEAD_SECONDS = 6.0  # imports, loading, saving
 
 
-def _flops_per_second(dtype: torch.dtype) -> float:
+def flops_per_second(dtype: torch.dtype) -> float:
+    """Of one product as large as a small model's, measured now."""
     left_MK, right_KN = torch.randn(1024, 576).to(dtype), torch.randn(576, 1536).to(dtype)
     times = []
     for _ in range(6):
@@ -43,7 +44,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     sizes = {"num_hidden_layers": layers - len(config.prune.removed_layers or []), **given_sizes(config)}
     student = num_parameters(info, with_sizes(info.shape, sizes))
     student = min(student, int(config.prune.max_parameters or student), int((config.prune.max_bytes or 1e30) / 2))
-    speed = _flops_per_second(resolve_dtype(config.compute_dtype))
+    speed = flops_per_second(resolve_dtype(config.compute_dtype))
     score = 2 * teacher * config.score.num_sequences * length
     measured = [criterion for criterion in config.score.depth if criterion.is_measured]
     if measured:

@@ -16,11 +16,11 @@ from compress.tokens import TokenSet
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
 
-def teacher_of(config: CompressConfig) -> Path:
+def teacher_of(config: CompressConfig, config_only: bool = False) -> Path:
     """The teacher's local folder. Raises ArtifactError or ConfigError as `folders.teacher_folder` does."""
     teacher = config.teacher
     cache = Path(config.cache_dir).expanduser()
-    return teacher_folder(teacher.path, teacher.revision, cache, teacher.trust_remote_code)
+    return teacher_folder(teacher.path, teacher.revision, cache, teacher.trust_remote_code, config_only)
 
 
 def source_of(config: CompressConfig) -> Path:

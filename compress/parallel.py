@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compress.errors import ConfigError
@@ -165,6 +166,12 @@ def check_compiler() -> None:
         raise ConfigError(
             "distill.compile=true needs a C++ compiler (g++ or clang++, or CXX=); install one or set it false"
         )
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Each decoder layer keeps its input alone and runs again in the backward, in place (arXiv 1604.06174)."""
+    for layer in decoder_layers(model):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import checkpoint, distill, evaluate, export, prune, score, search, selftest, tokenize
+from compress import checkpoint, distill, evaluate, export, plan, prune, score, search, selftest, tokenize
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
@@ -121,6 +121,10 @@ def run(config: CompressConfig) -> None:
     if config.stage is Stage.status:
         _print(status(config))
         return
+    if config.stage is Stage.plan:
+        for table in plan.run(config):
+            _print(table)
+        return
     if config.stage is not Stage.score:
         refuse_several_ranks(f"stage={config.stage}")
     if config.architecture.table:
@@ -167,7 +171,7 @@ def run(config: CompressConfig) -> None:
 def _run_rounds(config: CompressConfig) -> None:
     """The rounds one after the other, each a run of its own in run_dir/round_N, over the same tokens."""
     chosen = [config.round] if config.round is not None else list(range(1, len(config.rounds) + 1))
-    if config.stage not in (Stage.status, Stage.selftest):
+    if config.stage not in (Stage.plan, Stage.status, Stage.selftest):
         for number in range(1, len(config.rounds) + 1):  # what can be refused now, before the first one's long work
             one = round_config(config, number)
             adapters = one.prune.adapters if number == 1 else []
