@@ -479,7 +479,7 @@ def to_config(composed: DictConfig) -> CompressConfig:
     return config
 
 
-def _sources(plain: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _sources(plain: dict[Any, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
     for split in ("train", "calibration", "validation"):
         for number, source in enumerate((plain.get("data") or {}).get(split) or ()):
             if isinstance(source, dict):

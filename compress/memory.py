@@ -86,6 +86,8 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
             "gathered: embedding and head of both": item * (root + teacher_root),
             "gathered: a layer": item * layer,
         }
+    roots = item * (root + (teacher_root if ranks > 1 else 0))
+    kept = {"gathered: embedding and head": roots}
     if layout.recompute:
         activations = {"activations: inputs of the layers": student.num_hidden_layers * tokens * hidden * item}
         running = {"activations: the layer being run": saved}
@@ -108,7 +110,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
         "gradients: a layer's, and being reduced": layer * (item + 2 * GRADIENT_BYTES),
         "gathered: a layer ahead": item * layer if ranks > 1 else 0,
     }
-    reduced = {"gradients: embedding and head, being reduced": root * (item + GRADIENT_BYTES + GRADIENT_BYTES // ranks)}
+    reduced = {"gradients: embedding and head, being reduced": root * (item + GRADIENT_BYTES)}
     return {
         "the teacher's forward": {
             **states,
@@ -116,7 +118,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
         },
         "the loss": {**states, **gathered, **activations, **ends, **loss},
         "the last layer's backward": {**states, **gathered, **activations, **running, **ends, **backward},
-        "the end of the backward": {**states, **gradients, **gathered, **reduced},
+        "the end of the backward": {**states, **gradients, **kept, **reduced},
     }
 
 

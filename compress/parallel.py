@@ -191,5 +191,5 @@ def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compu
     )
     # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
