@@ -216,9 +216,7 @@ def test_a_model_whose_loss_is_not_finite_has_no_figures(run: Run, finished: Pat
     tensors = load_file(weights)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(
-        NumericalError, match="the loss of distilled on the validation text is nan; set compute_dtype=float32"
-    ):
+    with pytest.raises(NumericalError, match=r"the loss of distilled .* is nan; set compute_dtype=float32"):
         run("stage=evaluate")
     assert not (finished / "evaluate" / "metrics.json").exists()
 
