@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.architecture import ModelInfo, layer_of, renumber, row_of
+from compress.architecture import ModelInfo, expert_of, layer_of, renumber, row_of
 from compress.artifacts import open_tensors, read_json, save_tensors, write_json
 from compress.errors import ArtifactError, ConfigError
 from compress.families import Row
@@ -21,6 +21,7 @@ from compress.slicing import Kept, copy_companions, slice_tensor
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight|\.bias)?")
+_NUMBER = re.compile(r"(?<![\w{,])\d+(?![\w},])")  # a layer's, not a part of a name such as fc1 or of a quantifier
 # What changes a module in another way than by a product, or other modules than the table's rows.
 _UNSUPPORTED = {
     "use_dora": "its magnitudes are norms over channels that go",
@@ -54,11 +55,15 @@ def read_adapter(folder: Path, info: ModelInfo) -> dict[str, Any]:
                 f"{where}: {key}={config[key]}: {reason}, so it can't be sliced; merge it into the teacher"
             )
     for key in ("rank_pattern", "alpha_pattern"):
-        if any(re.search(r"\d", pattern) for pattern in config.get(key) or {}):
+        if any(_NUMBER.search(pattern) for pattern in config.get(key) or {}):
             raise ConfigError(f"{where}: {key} names layers by number, and numbers change; merge it into the teacher")
     reader = open_tensors(folder / WEIGHTS)
     for name in reader.keys():  # noqa: SIM118 (not a dict)
         module, factor = _parse(name, where)
+        if expert_of(f"{module}.weight") is not None:
+            raise ConfigError(
+                f"{where}: it adapts {module}, one of the experts, which are chosen anew; merge the adapter"
+            )
         _row(info, module, factor, where, tuple(reader.get_slice(name).get_shape()))
     return config
 
@@ -84,15 +89,23 @@ def slice_adapter(folder: Path, target: Path, info: ModelInfo, kept: Kept) -> No
         tensors[renumber(name, position, None)] = slice_tensor(tensor, row, position, kept, info.shape)
     if not tensors:
         raise ConfigError(f"{where}: every layer that it adapts is removed; leave it out of prune.adapters")
-    if config.get("layers_to_transform") is not None:
-        given = config["layers_to_transform"]
-        numbers = [given] if isinstance(given, int) else list(given)
-        config["layers_to_transform"] = sorted(place[number] for number in numbers if number in place)
+    if _names_layers(config):  # the modules themselves, by the student's numbers
+        factors = (_FACTOR.fullmatch(name.removeprefix(_PREFIX)) for name in tensors)
+        config["target_modules"] = sorted({match["module"] for match in factors if match})
+        config["layers_to_transform"] = config["layers_pattern"] = config["exclude_modules"] = None
     config["base_model_name_or_path"] = None  # the teacher, which it no longer fits
     target.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, target)
     save_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     write_json(target / CONFIG, config)
+
+
+def _names_layers(config: dict[str, Any]) -> bool:
+    """Whether the config says by number which layers it adapts."""
+    if config.get("layers_to_transform") is not None:
+        return True
+    given = [config.get(key) or [] for key in ("target_modules", "exclude_modules")]
+    return any(_NUMBER.search(name) for names in given for name in ([names] if isinstance(names, str) else names))
 
 
 def _parse(name: str, where: str) -> tuple[str, str]:

@@ -535,10 +535,19 @@ _RULES: tuple[_Rule, ...] = (
         "evaluate.generate_tokens cluster.num_nodes",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
+    (
+        lambda v: math.isfinite(v) and v >= 1,
+        "must be a number of 1 or more, such as 100M",
+        "prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters prune.max_bytes",
+    ),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
     (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
     (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates cluster.gpus_per_node"),
-    (lambda v: v >= 0 and v == int(v), "must be a whole number of tokens, or 0 for none", "search.num_tokens"),
+    (
+        lambda v: 0 <= v < math.inf and v == int(v),
+        "must be a whole number of tokens, or 0 for none",
+        "search.num_tokens",
+    ),
     (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
     (bool, "is empty; give a folder", "run_dir cache_dir"),
     (bool, "is empty; give a Hugging Face folder, a hub id, or embedded:NAME", "teacher.path"),
@@ -546,8 +555,7 @@ _RULES: tuple[_Rule, ...] = (
         _positive,
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
-        "distill.epsilon prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters "
-        "prune.max_bytes prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
+        "distill.epsilon prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
         "cluster.price_per_gpu_hour",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
@@ -586,6 +594,10 @@ def check(config: CompressConfig) -> None:
     _check_batches(config)
     if config.rounds:
         _check_rounds(config)
+    elif config.round is not None:
+        raise ConfigError(
+            f"round={config.round} chooses one of rounds, which is empty; give rounds=[...], or round=null"
+        )
     else:
         _check_budget(config)
     if config.prune.merge_heads and config.prune.compensate:
@@ -625,6 +637,11 @@ def _check_budget(config: CompressConfig) -> None:
             f"search.num_tokens={search.num_tokens:g} is less than one step of distill.global_batch_size * "
             f"data.sequence_length = {tokens_per_step} tokens; give it more, or 0 for no distillation"
         )
+    if search.num_candidates and config.distill.init_from:
+        raise ConfigError(
+            f"search.num_candidates={search.num_candidates} finds the student's shape, and distill.init_from="
+            f"{config.distill.init_from} has one already; set search.num_candidates=0, or distill.init_from=null"
+        )
     if search.continue_winner and not (search.num_candidates and search.num_tokens):
         raise ConfigError(
             "search.continue_winner=true goes on from a winner that was distilled; set search.num_candidates and "
@@ -638,6 +655,16 @@ def _check_budget(config: CompressConfig) -> None:
 def _check_rounds(config: CompressConfig) -> None:
     """Each round is a config of its own, and no later one may ask for more than an earlier one left."""
     count = len(config.rounds)
+    if config.export.step is not None:
+        raise ConfigError(
+            f"export.step={config.export.step}: a round prunes the last step of the one before; set it null"
+        )
+    before_export = [Stage.tokenize, Stage.score, Stage.search, Stage.prune, Stage.distill]
+    if config.round is None and (config.until in before_export or config.stage in before_export):
+        key, value = ("stage", config.stage) if config.stage in before_export else ("until", config.until)
+        raise ConfigError(
+            f"{key}={value}: a round needs the export of the one before; choose one with round=1 and so on"
+        )
     if config.round is not None and not 1 <= config.round <= count:
         raise ConfigError(f"round={config.round} must be within 1 and the {count} of rounds, or null for all")
     if config.prune != PruneConfig() or config.distill.init_from:
@@ -667,7 +694,8 @@ def round_config(config: CompressConfig, number: int) -> CompressConfig:
     before = None if number == 1 else f"{config.run_dir}/round_{number - 1}/export"
     adapters = chosen.prune.adapters
     if not adapters and before is not None:
-        adapters = [f"{before}/adapters/{Path(path).name}" for path in config.rounds[number - 2].prune.adapters]
+        inherited = round_config(config, number - 1).prune.adapters
+        adapters = [f"{before}/adapters/{Path(path).name}" for path in inherited]
     distill = replace(
         config.distill,
         num_tokens=config.distill.num_tokens if chosen.num_tokens is None else chosen.num_tokens,

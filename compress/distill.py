@@ -184,17 +184,19 @@ def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, Seq
     data = TokenSet.open(run_dir / "tokens" / "train")
     max_steps, batch = num_steps(config), config.distill.global_batch_size
     order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
-    _refuse_empty_windows(data, order, max_steps, batch)
+    refuse_empty_windows(data, order, max_steps, batch)
     return data, order
 
 
-def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int) -> None:
+def refuse_empty_windows(
+    data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int, what: str = "distill"
+) -> None:
     """Every step of the whole run must have a loss token: known from the index before the first forward."""
     per_draw = data.loss_tokens[order.indices(0, max_steps * global_batch_size)]
     empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
     if len(empty):
         raise ConfigError(
-            f"distill step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
+            f"{what} step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
             f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
             "(data.loss_on=all)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from compress.architecture import ModelInfo, num_parameters
@@ -43,7 +44,8 @@ def streams(config: CompressConfig, info: ModelInfo) -> bool:
     """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must."""
     if config.score.stream is not None:
         return config.score.stream
-    return whole_bytes(config, info) > MEMORY_SHARE * available_bytes()
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of it on this machine, one a rank
+    return copies * whole_bytes(config, info) > MEMORY_SHARE * available_bytes()
 
 
 def whole_bytes(config: CompressConfig, info: ModelInfo) -> int:

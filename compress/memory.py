@@ -39,9 +39,9 @@ def saved_bytes(info: ModelInfo, shape: Shape, micro_batch_size: int, sequence_l
     """What autograd keeps of one decoder layer in a training forward, in bytes; the mean over the kinds of layers."""
     few = {1: 0, 3: 0}
     for layers in few:
-        tiny = replace(shape, num_hidden_layers=layers, vocab_size=shape.vocab_size)
+        tiny = replace(shape, num_hidden_layers=layers)
         config = parse_config(student_config(info.config, info.family, tiny, range(layers)), "the student's config")
-        config.vocab_size = 8
+        config.vocab_size, config.pad_token_id = 8, None
         with FakeTensorMode():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
             own = {p.untyped_storage()._cdata for p in model.parameters()}

@@ -108,6 +108,15 @@ class Ranks:
             for one in everyones
         ]
 
+    def agree(self, text: str) -> str:
+        """The first rank's answer, on every rank; at most 64 ASCII characters."""
+        if self.size == 1:
+            return text
+        letters = torch.zeros(64, dtype=torch.uint8)
+        letters[: len(text)] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        dist.broadcast(letters, 0)
+        return bytes(letters.tolist()).rstrip(b"\0").decode()
+
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Over the ranks, in float64."""
         return [torch.stack(found).sum(0) for found in zip(*self.gather(tensors), strict=True)]

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Interrupt
 from compress.estimate import estimate_seconds
 from compress.families import add_families
 from compress.folders import read_model
-from compress.inputs import student_of, teacher_of
+from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
@@ -84,8 +84,7 @@ STAGES: dict[Stage, StageEntry] = {
         search.run,
         (Stage.tokenize, Stage.score),
         ("seed", "compute_dtype", "prune", "shape", "search.num_candidates", "search.num_tokens",
-         "search.num_sequences", "search.judge", "export.dtype", "data.train[*].weight",
-         *(key for key in _TRAINING_KEYS if key not in _LATER_KEYS)),
+         "search.num_sequences", "search.judge"),
         lambda _: "search",
     ),
     Stage.prune: StageEntry(
@@ -114,6 +113,8 @@ def run(config: CompressConfig) -> None:
 
     Everything that can be refused is refused before the first stage starts. Raises CompressError.
     """
+    if config.architecture.table:
+        add_families(Path(config.architecture.table).expanduser())
     if config.rounds:
         _run_rounds(config)
         return
@@ -122,13 +123,10 @@ def run(config: CompressConfig) -> None:
         _print(status(config))
         return
     if config.stage is Stage.plan:
-        for table in plan.run(config):
-            _print(table)
+        _print_all(plan.run(config))
         return
     if config.stage is not Stage.score:
         refuse_several_ranks(f"stage={config.stage}")
-    if config.architecture.table:
-        add_families(Path(config.architecture.table).expanduser())
     if config.stage is Stage.selftest:
         _print(selftest.run(config))
         return
@@ -170,18 +168,28 @@ def run(config: CompressConfig) -> None:
 
 def _run_rounds(config: CompressConfig) -> None:
     """The rounds one after the other, each a run of its own in run_dir/round_N, over the same tokens."""
-    chosen = [config.round] if config.round is not None else list(range(1, len(config.rounds) + 1))
-    if config.stage not in (Stage.plan, Stage.status, Stage.selftest):
-        for number in range(1, len(config.rounds) + 1):  # what can be refused now, before the first one's long work
-            one = round_config(config, number)
-            adapters = one.prune.adapters if number == 1 else []
-            prune.preflight(
-                dataclasses.replace(one, prune=dataclasses.replace(one.prune, source=None, adapters=adapters))
-            )
+    numbers = list(range(1, len(config.rounds) + 1))
+    chosen = numbers if config.round is None else [config.round]
+    if config.stage is Stage.selftest:
+        run(round_config(config, chosen[0]))
+        return
+    if config.stage in (Stage.plan, Stage.status):
+        if config.stage is Stage.plan:
+            _print_all(plan.run_rounds([round_config(config, number) for number in numbers]))
+        else:
+            for number in chosen:
+                _print(status(round_config(config, number)))
+        return
+    info = read_model(source_of(round_config(config, 1)), config.teacher.trust_remote_code)
+    for number in numbers:  # what can be refused now, before the first one's long work
+        one = round_config(config, number)
+        adapters = one.prune.adapters if number == 1 else []
+        first = dataclasses.replace(one, prune=dataclasses.replace(one.prune, source=None, adapters=adapters))
+        info = prune.preflight_of(first, info)
     for number in chosen:
         one = round_config(config, number)
         log.info("round %d of %d", number, len(config.rounds))
-        if one.prune.source and not Path(one.prune.source).expanduser().is_dir() and config.stage is not Stage.status:
+        if one.prune.source and not Path(one.prune.source).expanduser().is_dir():
             raise ConfigError(
                 f"round {number} prunes {one.prune.source}, which isn't there; run round={number - 1} up to export"
             )
@@ -192,6 +200,11 @@ def _run_rounds(config: CompressConfig) -> None:
                 tokens.parent.mkdir(parents=True, exist_ok=True)
                 tokens.symlink_to(Path("..") / "round_1" / "tokens")
         run(one)
+
+
+def _print_all(tables: Iterable[Table]) -> None:
+    for found in tables:
+        _print(found)
 
 
 def _print(table: Table) -> None:
@@ -330,6 +343,12 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
         reads = entry.reads
         if stage is Stage.score and any(criterion.is_measured for criterion in config.score.depth):
             reads += ("prune.num_hidden_layers",)  # it says how far they go
+        if stage in (Stage.search, Stage.prune) and config.prune.max_bytes is not None:
+            reads += ("export.dtype",)
+        if stage is Stage.search and config.prune.min_tokens_per_second is not None:
+            reads += ("export.dtype",)
+        if stage is Stage.search and config.search.num_tokens:
+            reads += ("data.train[*].weight", *(key for key in _TRAINING_KEYS if key not in _LATER_KEYS))
         settings = {key: _look_up(plain, key) for key in reads}
         upstream = {
             before.value: result[before]["fingerprint"] for before in entry.after if before not in _left_out(config)

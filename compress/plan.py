@@ -6,8 +6,9 @@ and the products of causal attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.table import Table
 
@@ -28,7 +29,7 @@ from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
 from compress.parallel import available_bytes, resolve_dtype
 from compress.progress import about
 from compress.shapes import enumerate_shapes
-from compress.targets import budget, given_shape, grid_of
+from compress.targets import budget, cut_info, given_shape, grid_of
 
 HEADROOM = 0.9  # of a GPU's memory that a step may take: the rest is the allocator's, the kernels' and the driver's
 CPU_HEADROOM = 0.75  # the C library keeps freed memory: benchmarks/plan.py
@@ -63,10 +64,28 @@ def run(config: CompressConfig) -> Iterator[Table]:
     yield from (_models(config, made), _memory(config, made), _work(config, made))
 
 
-def make_plan(config: CompressConfig) -> Plan:
-    """Reckon with config.json alone. Raises ConfigError for a shape, a budget or a layout that can't be."""
-    teacher = read_config(teacher_of(config, config_only=True), config.teacher.trust_remote_code)
-    student = _student(config, teacher)
+def run_rounds(configs: Sequence[CompressConfig]) -> Iterator[Table]:
+    """The tables of each round, which prunes what the one before was planned to leave."""
+    source: ModelInfo | None = None
+    for config in configs:
+        made = make_plan(config, source)
+        source = cut_info(made.teacher, made.student)
+        yield from (_models(config, made), _memory(config, made), _work(config, made))
+
+
+def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
+    """Reckon with config.json alone. Raises ConfigError for a shape, a budget or a layout that can't be.
+
+    `source`: what is pruned where it isn't there yet; None = prune.source or the teacher.
+    """
+    trust = config.teacher.trust_remote_code
+    teacher = read_config(teacher_of(config, config_only=True), trust)
+    if source is None:
+        source = read_config(Path(config.prune.source).expanduser(), trust) if config.prune.source else teacher
+    if config.distill.init_from:
+        student = read_config(Path(config.distill.init_from).expanduser(), trust).shape
+    else:
+        student = _student(config, source)
     cluster, num_gpus = config.cluster, config.cluster.num_nodes * config.cluster.gpus_per_node
     if config.distill.global_batch_size % (max(1, num_gpus) * config.distill.micro_batch_size):
         raise ConfigError(
@@ -181,8 +200,9 @@ def _alternatives(config: CompressConfig, made: Plan) -> Iterator[tuple[str, Lay
             )
     if made.num_gpus:
         for factor in (2, 4, 8, 16):
-            nodes = config.cluster.num_nodes * factor
-            yield f"cluster.num_nodes={nodes}", replace(layout, num_ranks=layout.num_ranks * factor)
+            nodes, ranks = config.cluster.num_nodes * factor, layout.num_ranks * factor
+            if config.distill.global_batch_size % (ranks * layout.micro_batch_size) == 0:
+                yield f"cluster.num_nodes={nodes}", replace(layout, num_ranks=ranks)
 
 
 def _peak(made: Plan, layout: Layout) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress.adapters import read_adapter
+from compress.adapters import read_adapter, slice_adapter
 from compress.architecture import (
     ModelInfo,
     check_shape,
@@ -26,7 +26,17 @@ from compress.inputs import source_of, streams
 from compress.scores import Importance
 from compress.shapes import Candidate, enumerate_shapes, rank
 from compress.slicing import select
-from compress.targets import budget, cut, given_shape, given_sizes, grid_of, importance_of, winner_of
+from compress.targets import (
+    ADAPTERS,
+    budget,
+    cut,
+    cut_info,
+    given_shape,
+    given_sizes,
+    grid_of,
+    importance_of,
+    winner_of,
+)
 
 log = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -42,14 +52,19 @@ def preflight(config: CompressConfig) -> None:
     info = read_model(source_of(config), config.teacher.trust_remote_code)
     if config.distill.init_from and not (given_sizes(config) or config.prune.removed_layers or budget(config)):
         return
+    preflight_of(config, info)
+
+
+def preflight_of(config: CompressConfig, info: ModelInfo) -> ModelInfo:
+    """The same for the model `info`; returns what is known of the student: `info` itself before a search."""
     for adapter in config.prune.adapters:
         read_adapter(Path(adapter).expanduser(), info)
     if not budget(config):
-        given_shape(config, info)
-        return
+        return cut_info(info, given_shape(config, info))
     grid = grid_of(config, info)
     if grid.limits:
         enumerate_shapes(info, grid)
+    return info
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -75,6 +90,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     try:
         with building_folder(building) as folder:
             replaced = cut(config, run_dir, info, importance, kept, folder, spill)
+            for adapter in map(Path, config.prune.adapters):
+                slice_adapter(adapter.expanduser(), folder / ADAPTERS / adapter.name, info, kept)
             contract = check_student(folder, info, kept, replaced, config.teacher.trust_remote_code, whole=whole)
             _log_engines(contract["engines"])
             report = _report(config, info, importance, shape, gone, candidates)

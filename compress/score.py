@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo
 from compress.artifacts import fingerprint_path, write_json
-from compress.config import CompressConfig, DepthCriterion
+from compress.config import CompressConfig, ComputeDtype, DepthCriterion
 from compress.criteria import AGGREGATED, Criterion, parse_criterion
 from compress.depth import rank_layers, rank_layers_by_task, removal_reach
 from compress.errors import ConfigError
@@ -32,7 +32,7 @@ from compress.progress import console, track
 from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
 from compress.shapes import enumerate_shapes, rank
-from compress.targets import budget, given_shape, grid_of
+from compress.targets import budget, given_shape, given_sizes, grid_of
 from compress.tokens import TokenBatch, TokenSet
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,11 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     Under torchrun every rank calls it and takes its share of the calibration set; the first one writes.
     """
     with joined() as ranks:
-        _run(config, run_dir, ranks)
+        # What each would measure by itself must be one answer for all.
+        dtype = ranks.agree(str(resolve_dtype(config.compute_dtype))[6:])
+        alone = ranks.agree(str(streams(config, read_model(source_of(config), config.teacher.trust_remote_code))))
+        scoring = replace(config.score, stream=alone == "True")
+        _run(replace(config, compute_dtype=ComputeDtype(dtype), score=scoring), run_dir, ranks)
 
 
 def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
@@ -134,9 +138,12 @@ def _recommendation(
     if budget(config):
         grid = grid_of(config, info, importance)
         shapes = enumerate_shapes(info, grid) if grid.limits else []
-        shape = rank(shapes, importance, info.shape)[0].shape if shapes else info.shape
-    else:
+        criteria = config.prune.width_criterion, config.prune.depth_criterion
+        shape = rank(shapes, importance, info.shape, *criteria)[0].shape if shapes else info.shape
+    elif given_sizes(config) or config.prune.removed_layers:
         shape = given_shape(config, info)
+    else:  # scored for another run's pruning
+        shape = info.shape
     count = min(tokens.num_sequences, config.score.depth_sequences)
     batches = list(_batches(tokens, count, config.score.micro_batch_size))
 
@@ -175,13 +182,17 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo, ranks: 
             f"{info.shape.vocab_size}; tokenize again with this teacher's tokenizer"
         )
     check_calibration(config, tokens)
-    groups = -(-config.score.num_sequences // config.score.micro_batch_size)
-    if groups < ranks.size:
-        raise ConfigError(
-            f"WORLD_SIZE={ranks.size}: score.num_sequences={config.score.num_sequences} in micro-batches of "
-            f"score.micro_batch_size={config.score.micro_batch_size} gives work to {groups} ranks only; start fewer, "
-            "or make the micro-batches smaller"
-        )
+    counted = {"score.num_sequences": config.score.num_sequences}
+    if any(criterion.is_measured and not criterion.startswith("task") for criterion in config.score.depth):
+        counted["score.depth_sequences"] = config.score.depth_sequences
+    for key, count in counted.items():
+        groups = -(-count // config.score.micro_batch_size)
+        if groups < ranks.size:
+            raise ConfigError(
+                f"WORLD_SIZE={ranks.size}: {key}={count} in micro-batches of score.micro_batch_size="
+                f"{config.score.micro_batch_size} gives work to {groups} ranks only; start fewer, or make the "
+                "micro-batches smaller"
+            )
     return tokens
 
 

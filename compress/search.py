@@ -15,7 +15,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from compress import checkpoint
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
 from compress.artifacts import STARTED, building_folder, open_permissions, read_json, write_json
 from compress.config import CompressConfig, Optimizer, set_name
-from compress.distill import source_weights
+from compress.distill import refuse_empty_windows, source_weights
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
@@ -40,7 +40,16 @@ from compress.optimizer import LocalOptimizer
 from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
 from compress.progress import console, track
 from compress.scores import Importance
-from compress.shapes import Candidate, Grid, enumerate_shapes, parameter_limit, rank, rank_correlation
+from compress.shapes import (
+    Candidate,
+    Grid,
+    check_fixed,
+    enumerate_shapes,
+    extremes,
+    parameter_limit,
+    rank,
+    rank_correlation,
+)
 from compress.slicing import copy_companions, num_stored_bytes, select
 from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, trunk
 from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
@@ -94,16 +103,23 @@ class Round:
 
 def preflight(config: CompressConfig) -> None:
     """Raise before any long work when the search can't be held in memory or on the disk. Reads no weights."""
-    info = read_model(source_of(config), config.teacher.trust_remote_code)
-    if streams(config, info):
+    trust = config.teacher.trust_remote_code
+    info, teacher = read_model(source_of(config), trust), read_model(teacher_of(config), trust)
+    if streams(config, teacher):
         raise ConfigError(
             f"search.num_candidates={config.search.num_candidates} compares candidates with the whole teacher in "
-            f"memory, {whole_bytes(config, info) / 1e9:.1f} GB of weights, and {available_bytes() / 1e9:.1f} GB are "
+            f"memory, {whole_bytes(config, teacher) / 1e9:.1f} GB of weights, and {available_bytes() / 1e9:.1f} GB are "
             "free; set search.num_candidates=0 to take the best predicted shape, or search on a larger machine"
         )
+    grid = grid_of(config, info)
+    check_fixed(info, grid)
+    if not grid.limits:
+        extremes(info, grid)
     run_dir = Path(config.run_dir).expanduser()
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    needed, free = disk_bytes(config, info), shutil.disk_usage(there).free
+    has = sum(file.stat().st_size for file in (run_dir / "search").rglob("*") if file.is_file())
+    needed = disk_bytes(config, info, teacher.shape.hidden_size) - has  # what a killed search left is gone on with
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise ArtifactError(
             f"{run_dir / 'search'}: {config.search.num_candidates} candidates and the teacher's signals take up to "
@@ -113,17 +129,17 @@ def preflight(config: CompressConfig) -> None:
         )
 
 
-def disk_bytes(config: CompressConfig, info: ModelInfo) -> int:
+def disk_bytes(config: CompressConfig, info: ModelInfo, teacher_hidden_size: int) -> int:
     """At most: the candidates' weights, a checkpoint for each that is trained and one more, what the teacher says."""
     search = config.search
-    parameters = min(num_parameters(info, info.shape), int(config.prune.max_parameters or math.inf))
+    parameters = min(num_parameters(info, info.shape), config.prune.max_parameters or math.inf)
     trained = len(_halved(range(search.num_candidates), 0)) if search.num_tokens else 0
     rounds = math.ceil(math.log2(max(2, trained)))
     signal_tokens = search.num_tokens * 2 ** (rounds - 1) + search.num_sequences * config.data.sequence_length
     itemsize = resolve_dtype(config.compute_dtype).itemsize
     stored = num_stored_bytes(info) / num_parameters(info, info.shape)
     weights = search.num_candidates * stored + (trained + 1 if trained else 0) * CHECKPOINT_BYTES
-    return int(parameters * weights + signal_tokens * info.shape.hidden_size * itemsize)
+    return int(parameters * weights + signal_tokens * teacher_hidden_size * itemsize)
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -132,11 +148,12 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     info = read_model(source_of(config), trust)
     importance = importance_of(run_dir, info)
     folder = run_dir / "search"
-    _drop_work_of_other_settings(folder)
+    _drop_work_of_other_settings(config, folder)
+    judge = _judge(config, run_dir)
+    _check_order(config, run_dir)
     entries = {entry.name: entry for entry in _entries(config, info, importance, folder)}
     model = load_model(teacher_of(config), resolve_dtype(config.compute_dtype), trust)
     teacher = RecordedTeacher(model, folder / "teacher")
-    judge = _judge(config, run_dir)
     rounds: list[Round] = []
     names, num_tokens = list(entries), 0
     while True:
@@ -149,7 +166,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         names = _halved(rounds[-1].order(), num_tokens)
         num_tokens = 2 * num_tokens or int(config.search.num_tokens)
     winner = rounds[-1].order()[0]
-    if num_tokens:
+    if num_tokens and not (folder / "winner").exists():  # it is built as a whole, and its checkpoint goes below
         _save_winner(config, info, folder, winner)
     report = _report(config, info, folder, entries, rounds, winner)
     write_json(folder / SEARCH_REPORT, report)
@@ -158,14 +175,38 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     console.print(table(report))
 
 
-def _drop_work_of_other_settings(folder: Path) -> None:
-    """Figures stand for the settings that they were begun with. A failed search binds nobody, so others may come."""
-    now = read_json(folder / STARTED)["fingerprint"]
+def _drop_work_of_other_settings(config: CompressConfig, folder: Path) -> None:
+    """Figures stand for the settings and the dtype that they were begun with; a failed search may go on with others."""
+    dtype = str(resolve_dtype(config.compute_dtype))
+    now = {"fingerprint": read_json(folder / STARTED)["fingerprint"], "compute_dtype": dtype}
     mark = folder / "figures" / "settings.json"
     if mark.exists() and read_json(mark) != now:
         for scratch in ("figures", "candidates", "teacher", "training", "winner"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
+        (folder / SPEEDS).unlink(missing_ok=True)
     write_json(mark, now)
+
+
+def _check_order(config: CompressConfig, run_dir: Path) -> None:
+    """Raise ConfigError when a step of the longest short distillation would have no loss token."""
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    stop = _last_tokens(config) // (config.distill.global_batch_size * data.sequence_length)
+    refuse_empty_windows(data, _order(config, data, stop), stop, config.distill.global_batch_size, "search")
+
+
+def _last_tokens(config: CompressConfig) -> int:
+    """How far the candidates of the last round are trained."""
+    left, tokens = config.search.num_candidates, 0
+    while config.search.num_tokens and not (tokens and left <= 2):
+        left = len(_halved(range(left), tokens))
+        tokens = 2 * tokens or int(config.search.num_tokens)
+    return tokens
+
+
+def _order(config: CompressConfig, data: TokenSet, num_steps: int) -> SequenceOrder:
+    """Another order than distill's, so that a winner that is continued doesn't begin with what it has just seen."""
+    total = num_steps * config.distill.global_batch_size
+    return SequenceOrder(data.source_sizes, source_weights(config), total, seed=config.seed + 1)
 
 
 def _halved(names: Sequence[Any], num_tokens: int) -> list[Any]:
@@ -256,24 +297,25 @@ class _Speeds:
         """The grid with the most parameters whose best predicted shape is fast enough, by bisection."""
         target = self.config.prune.min_tokens_per_second
         assert target is not None
-        high = num_parameters(self.info, self.info.shape) - 1
-        low = int(high * (1 - grid.max_width_pruning) * (1 - grid.max_depth_pruning))
-        best: Grid | None = None
+        low, high = extremes(self.info, grid)
+        high = min(high, num_parameters(self.info, self.info.shape) - 1)
+
+        def tried(parameters: int) -> Grid:
+            # Any legal shape below the limit: with given sizes none may lie close to it.
+            return replace(grid, limits=[parameter_limit(self.info, parameters)], min_budget_ratio=0.0)
+
+        def fast(parameters: int) -> bool:
+            return self.of(ranked(tried(parameters))[0].shape) >= target
+
+        if not fast(low):
+            raise ConfigError(self.too_slow())
         for _ in range(NUM_BISECTIONS):
             middle = (low + high) // 2
-            tried = Grid(**{**vars(grid), "limits": [parameter_limit(self.info, middle)]})
-            try:
-                fast = self.of(ranked(tried)[0].shape) >= target
-            except ConfigError:  # no legal shape is that small
+            if fast(middle):
                 low = middle
-                continue
-            if fast:
-                best, low = tried, middle
             else:
                 high = middle
-        if best is None:
-            raise ConfigError(self.too_slow())
-        return best
+        return tried(low)
 
     def too_slow(self) -> str:
         name, speed = max(self.found.items(), key=lambda item: item[1])
@@ -294,7 +336,13 @@ def _judge(config: CompressConfig, run_dir: Path) -> list[TokenBatch]:
     tokens = TokenSet.open(run_dir / "tokens" / "validation" / name)
     count = min(tokens.num_sequences, config.search.num_sequences)
     batches = [tokens.batch(group) for group in tokens.spread(count, 1)]
-    return [batch for batch in batches if bool(batch.loss_mask.any())]
+    batches = [batch for batch in batches if bool(batch.loss_mask.any())]
+    if not batches:
+        raise ConfigError(
+            f"search.judge={name}: none of the {count} sequences (search.num_sequences) holds a loss token; raise it, "
+            f"name another set, or set data.loss_on=all (now {config.data.loss_on})"
+        )
+    return batches
 
 
 def _round(
@@ -363,8 +411,7 @@ def _trained(
     batch_size, folder = settings.global_batch_size, run_dir / "search" / "training" / entry.name
     tokens_per_step = batch_size * data.sequence_length
     stop = num_tokens // tokens_per_step
-    # Another order than distill's, so that a winner that is continued doesn't begin with what it has just seen.
-    order = SequenceOrder(data.source_sizes, source_weights(config), stop * batch_size, seed=config.seed + 1)
+    order = _order(config, data, stop)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)

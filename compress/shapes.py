@@ -117,7 +117,7 @@ def enumerate_shapes(info: ModelInfo, grid: Grid) -> list[tuple[Shape, int]]:
         raise ConfigError(
             f"{has} is not smaller than the teacher's {holds}; choose a smaller budget, or none and a shape"
         )
-    _check_fixed(info, grid, fixed)
+    check_fixed(info, grid)
     inside: list[tuple[Shape, int]] = []
     below: tuple[float, Shape] | None = None
     above: tuple[float, Shape] | None = None
@@ -164,11 +164,25 @@ def enumerate_shapes(info: ModelInfo, grid: Grid) -> list[tuple[Shape, int]]:
     raise ConfigError(f"{why}: legal shapes hold {' and '.join(reach)}; nearest: {near}")
 
 
-def _check_fixed(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> None:
+def extremes(info: ModelInfo, grid: Grid) -> tuple[int, int]:
+    """Parameters of the smallest and of the largest legal shape, whatever the limits. Raises ConfigError for none."""
+    ends = [
+        num_parameters(info, shape)
+        for options in _open_shapes(info, grid, dict(grid.fixed or {}))
+        for shape in (options[0], options[-1])
+    ]
+    if not ends:
+        given = ", ".join(f"prune.{name}={value}" for name, value in (grid.fixed or {}).items())
+        raise ConfigError(f"no shape is legal with the given {given}; free some of these sizes")
+    return min(ends), max(ends)
+
+
+def check_fixed(info: ModelInfo, grid: Grid) -> None:
     """Refuse a given size that is wrong by itself, so that the message is about it and not about the budget.
 
     Given heads are judged only as a pair: open ones can still be chosen to suit.
     """
+    fixed = dict(grid.fixed or {})
     heads = {"num_attention_heads", "num_key_value_heads"}
     judged = set(fixed) if heads <= set(fixed) else set(fixed) - heads
     check_shape(info, with_sizes(info.shape, {name: fixed[name] for name in judged}), grid.multiple_of)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from compress.adapters import slice_adapter
-from compress.architecture import ModelInfo, check_shape, with_sizes
+from compress.architecture import ModelInfo, check_shape, student_config, with_sizes
 from compress.artifacts import fingerprint_path, read_json, remedy_for, save_tensors
 from compress.compensation import compensated_weights, stream_compensated_weights
-from compress.config import BUDGET, CompressConfig, ComputeDtype
+from compress.config import BUDGET, CompressConfig
 from compress.depth import removal_reach
 from compress.errors import ArtifactError, ConfigError
 from compress.families import PRUNABLE, Shape
@@ -62,6 +61,12 @@ def given_shape(config: CompressConfig, info: ModelInfo) -> Shape:
     return shape
 
 
+def cut_info(info: ModelInfo, shape: Shape) -> ModelInfo:
+    """What config.json will say of a student of `shape`, whichever layers it keeps; without tensors."""
+    config = student_config(info.config, info.family, shape, range(shape.num_hidden_layers))
+    return ModelInfo(info.folder, config, info.family, shape, {})
+
+
 def budget(config: CompressConfig) -> dict[str, float]:
     """The limits that prune.* gives, by key; without any, the shape is the given one."""
     values = {key: getattr(config.prune, key) for key in BUDGET}
@@ -77,7 +82,7 @@ def _limits(config: CompressConfig, info: ModelInfo) -> list[Limit]:
     }
     limits = [make(info, given[key]) for key, make in makers.items() if key in given]
     if "max_bytes" in given:
-        item_bytes = 4 if config.export.dtype is ComputeDtype.float32 else 2
+        item_bytes = resolve_dtype(config.export.dtype).itemsize
         context, count = config.shape.context_tokens, config.shape.num_contexts
         limits.append(memory_limit(info, given["max_bytes"], item_bytes, context, count))
     return limits
@@ -145,9 +150,6 @@ def cut(
         max_shard_bytes=largest_layer_bytes(info) if streams(config, info) else MAX_SHARD_BYTES,
         trust_remote_code=config.teacher.trust_remote_code,
     )
-    for adapter in config.prune.adapters:
-        source = Path(adapter).expanduser()
-        slice_adapter(source, folder / ADAPTERS / source.name, info, kept)
     save_tensors(folder / KEPT, dict(kept), {"kept": json.dumps({"format_version": 1, "teacher": asdict(info.shape)})})
     return replaced
 

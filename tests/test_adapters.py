@@ -47,6 +47,8 @@ def adapt(model: PreTrainedModel, folder: Path, **settings: Any) -> PreTrainedMo
         ("llama", {"target_modules": ["embed_tokens", "o_proj", "down_proj"]}),
         ("llama", {"use_rslora": True, "target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 5}}),
         ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [1, 2, 4]}),
+        ("llama", {"target_modules": ["layers.0.self_attn.q_proj", "layers.4.self_attn.q_proj"]}),
+        ("llama", {"target_modules": r".*layers\.(2|3)\.self_attn\.(q|k)_proj"}),
         ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
         ("llama", {"target_modules": ["v_proj"], "modules_to_save": ["up_proj"]}),
     ],

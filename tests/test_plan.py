@@ -61,11 +61,11 @@ def test_work_is_that_of_a_forward_and_a_backward(llama_8b: Path) -> None:
     assert found.seconds == pytest.approx(94e9 * found.flops_per_token / (64 * 989e12 * 0.4))
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral"])
 def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(variant: str) -> None:
     """Counted on real tensors of a real model, storage by storage, without the weights."""
     model = make_model(variant)
-    config = {**model.config.to_dict(), "model_type": model.config.model_type}
+    config = {**model.config.to_dict(), "model_type": model.config.model_type, "pad_token_id": 90}
     info = ModelInfo(Path("tiny"), config, family_of(config, "tiny"), shape_of(model.config), {})
     positions_BT = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
     every_BT = torch.ones(2, 24, dtype=torch.bool)
@@ -87,6 +87,16 @@ def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(var
         totals.append(sum(size for size, _ in kept.values()))
         del output
     assert saved_bytes(info, info.shape, 2, 24) == (totals[1] - totals[0]) // 2
+
+
+def test_a_student_from_elsewhere_and_another_source_are_planned(
+    run: Run, finished_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("stage=plan", f"distill.init_from={finished_source / 'prune'}")
+    assert "3 │" in capsys.readouterr().out
+    open_sizes = ("prune.num_hidden_layers=2", "prune.intermediate_size=null")
+    run("stage=plan", *open_sizes, f"prune.source={finished_source / 'prune'}")
+    assert "96 │" in capsys.readouterr().out.replace(" 96  │", "96 │"), "the source's MLP, not the teacher's"
 
 
 def test_every_part_shrinks_with_what_it_is_shared_by() -> None:
@@ -168,3 +178,11 @@ def test_recomputing_layers_gives_the_same_gradients(number: int) -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, one in gradients[0].items():
         assert torch.equal(one, gradients[1][name]), name
+
+
+def test_recomputing_changes_memory_and_nothing_else(run: Run, finished_source: Path, tmp_path: Path) -> None:
+    """Through the stages, under FSDP2: the same student, bit for bit; so it may be switched while a run goes on."""
+    run("distill.recompute=true", "until=export")
+    ours, theirs = (folder / "export" / "model.safetensors" for folder in (tmp_path / "run", finished_source))
+    assert ours.read_bytes() == theirs.read_bytes()
+    run("distill.recompute=false", "until=export")

@@ -99,11 +99,15 @@ def test_torchrun_scores_and_one_process_goes_on(cache: Path, tmp_path: Path) ->
     [
         (("stage=distill",), "WORLD_SIZE=2: stage=distill runs in one process in this version, only stage=score in"),
         (("stage=score", "score.num_sequences=4"), "WORLD_SIZE=2: score.num_sequences=4 in micro-batches of "),
+        (
+            ("stage=score", "score.depth=[kl_greedy]", "score.depth_sequences=4"),
+            "WORLD_SIZE=2: score.depth_seq",
+        ),
     ],
 )
 def test_ranks_without_work_are_refused(settings: tuple[str, ...], said: str, cache: Path, tmp_path: Path) -> None:
     place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}", "score.micro_batch_size=4"]
-    if "stage=score" in settings:
+    if "stage=score" in settings:  # needs tokens first
         assert torchrun(1, tmp_path, *place, *settings, "stage=tokenize").returncode == 0
     done = torchrun(2, tmp_path, *place, *settings)
     assert done.returncode != 0

@@ -44,6 +44,28 @@ def test_two_rounds_prune_the_students_student_and_learn_from_the_teacher(run: R
     run(*ROUNDS, "stage=status")
 
 
+def test_what_prints_of_rounds_writes_nothing(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("plan", "status"):
+        run(*ROUNDS, f"stage={stage}")
+        assert not (tmp_path / "run").exists()
+    shown = capsys.readouterr().out
+    assert shown.count("memory of a distillation step") == 2
+    assert "round_2" in shown
+
+
+def test_three_rounds_hand_their_adapters_on() -> None:
+    from conftest import FAST
+
+    from compress.config import load_config, round_config
+
+    three = (
+        "{prune: {num_hidden_layers: 3, adapters: [/a/one]}},{prune: {num_hidden_layers: 2}},{prune: {hidden_size: 48}}"
+    )
+    config = load_config(*FAST, *OPEN, f"rounds=[{three}]", "run_dir=r")
+    found = [round_config(config, number).prune.adapters for number in (1, 2, 3)]
+    assert found == [["/a/one"], ["r/round_1/export/adapters/one"], ["r/round_2/export/adapters/one"]]
+
+
 def test_one_round_alone_needs_the_one_before(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"round 2 prunes .*round_1/export, which isn't there; run round=1"):
         run(*ROUNDS, "round=2")
@@ -71,6 +93,13 @@ def test_a_source_other_than_the_teacher_is_what_is_pruned(run: Run, finished_so
          "prune.intermediate_size=97 must be a multiple of"),
         ((*OPEN, "rounds=[{prune: {hidden: 3}}]"), r"rounds.*hidden.*no such key"),
         ((*OPEN, "rounds=[{num_tokens: -4}]"), "round 1: distill.num_tokens=-4.0 must be a whole positive number"),
+        ((*ROUNDS, "until=prune"), "until=prune: a round needs the export of the one before; choose one by round=1"),
+        ((*ROUNDS, "export.step=4"), "export.step=4: a round prunes the last step of the one before"),
+        (("round=1",), r"round=1 chooses one of rounds, which is empty"),
+        ((*OPEN, "rounds=[{prune: {num_hidden_layers: 3}},{prune: {num_hidden_layers: 3}}]"),
+         r"prune.\* leaves the teacher as it is"),
+        ((*OPEN, "rounds=[{prune: {num_hidden_layers: 2}},{prune: {removed_layers: [3]}}]"),
+         r"prune.removed_layers=\[3\] must be distinct layers within 0 and 1"),
         (("prune.source=nowhere",), "prune.source=nowhere is no folder"),
     ],
 )  # fmt: skip

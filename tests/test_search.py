@@ -256,6 +256,86 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "limit", ["max_bytes=400K", "max_active_parameters=160K", "max_non_embedding_parameters=120K", "max_bytes=330000"]
+)
+def test_every_kind_of_budget_is_searched(limit: str, run: Run, tmp_path: Path) -> None:
+    settings = (*SHAPE[:2], f"prune.{limit}", "search.num_candidates=2", "search.num_sequences=2", "until=prune",
+                "shape.context_tokens=64")  # fmt: skip
+    run(*settings)
+    report = read(tmp_path / "run" / "search" / "report.json")
+    student = read(tmp_path / "run" / "prune" / "report.json")["student"]
+    assert all(student[size] == value for size, value in report["winner"]["sizes"].items())
+
+
+def test_what_changes_no_figure_does_not_bind_the_search(run: Run, tmp_path: Path) -> None:
+    """Nothing is trained and no bytes are counted, so neither the rate nor the export's dtype matters to it."""
+    settings = (*SHAPE, "search.num_candidates=2", "search.num_sequences=2", "until=prune")
+    run(*settings)
+    before = (tmp_path / "run" / "search" / "manifest.json").read_bytes()
+    run(*settings, "distill.learning_rate=1e-5", "export.dtype=float32")
+    assert (tmp_path / "run" / "search" / "manifest.json").read_bytes() == before
+    sized = (*SHAPE[:2], "prune.max_bytes=400K", "shape.context_tokens=64", *settings[3:], "run_dir=sized")
+    run(*sized)
+    with pytest.raises(ArtifactError, match=r"export.dtype was bfloat16, is now float32"):
+        run(*sized, "export.dtype=float32")
+
+
+def test_a_search_killed_after_its_report_goes_on(searched: Path, run: Run, searched_source: Path) -> None:
+    """The manifest comes last: without it, and with the checkpoints gone already, the same command ends well."""
+    manifest = read(searched / "search" / "manifest.json")
+    (searched / "search" / "manifest.json").unlink()
+    (searched / "search" / "started.json").write_text(json.dumps(manifest))
+    run(*SEARCH, "search.continue_winner=true", "stage=search")
+    assert read(searched / "search" / "report.json") == read(searched_source / "search" / "report.json")
+
+
+def test_steps_or_a_judge_without_loss_tokens_are_refused_before_anything_is_cut(run: Run, tmp_path: Path) -> None:
+    chat = '{"messages": [{"role": "user", "content": "%s"}]}\n' % ("word " * 60)
+    answer = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / "chat.jsonl").write_text(chat * 40 + answer)
+    settings = (*SEARCH, "data.loss_on=response", "distill.global_batch_size=1", "distill.micro_batch_size=1")
+    data = (
+        "data.validation=[{path: 'embedded:tiny-chat', name: chat}]",
+        f"data.train=[{{path: {tmp_path}/chat.jsonl}}]",
+    )
+    for stage in ("tokenize", "score"):
+        run(*settings, *data, f"stage={stage}")
+    with pytest.raises(ConfigError, match=r"search step \d+ of \d+ would have no loss token"):
+        run(*settings, *data, "stage=search")
+    assert not (tmp_path / "run" / "search" / "candidates").exists()
+
+
+def test_a_speed_with_sizes_that_cannot_be_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
+    speed = (*SHAPE[:2], "search.num_candidates=2", "prune.min_tokens_per_second=1")
+    for given, said in (
+        ("prune.hidden_size=50", "prune.hidden_size=50 must be a multiple of"),
+        ("distill.init_from=x", "search.num_candidates=2 finds the student's shape, and distill.init_from=x has one"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(*speed, given)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_search_inside_of_rounds_compares_with_the_teacher(run: Run, cache: Path, tmp_path: Path) -> None:
+    """In round 2 the candidates are cut from round 1's student, and judged against the original."""
+    first, second = "num_hidden_layers: 3, max_parameters: 190K", "max_parameters: 150K"
+    few = ("search.num_candidates=2", "search.num_sequences=4", "score.max_removed_layers=2")
+    run(*SHAPE[:2], *few, f"rounds=[{{prune: {{{first}}}}},{{prune: {{{second}}}}}]")
+    folder = tmp_path / "run" / "round_2"
+    report = read(folder / "search" / "report.json")
+    name = report["winner"]["name"]
+    tokens = TokenSet.open(folder / "tokens" / "validation" / report["judge"])
+    batches = [tokens.batch(group) for group in tokens.spread(4, 4)]
+    models = {
+        "teacher": load_model(cache / "tiny" / "teacher", torch.float32).eval(),
+        "student": load_model(folder / "search" / "candidates" / name, torch.float32).eval(),
+    }
+    found = language_modelling(models, batches)["student"]["kl_to_teacher"]
+    assert found == pytest.approx(report["rounds"][0]["kl"][name], rel=1e-5)
+    assert read(folder / "prune" / "report.json")["teacher"]["num_hidden_layers"] == 3
+
+
 def test_a_disk_too_small_for_the_candidates_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"take up to .* GB are free; lower search.num_candidates"):
         run(*SEARCH, "search.num_tokens=1e15")
@@ -268,5 +348,5 @@ def test_the_disk_estimate_is_not_below_what_lies_there(searched_source: Path, c
     config = load_config(*FAST, f"run_dir={searched_source}", f"cache_dir={cache}", *SEARCH)
     info = read_model(cache / "tiny" / "teacher")
     weights = sum(f.stat().st_size for f in (searched_source / "search").rglob("model.safetensors"))
-    assert search.disk_bytes(config, info) > weights
+    assert search.disk_bytes(config, info, info.shape.hidden_size) > weights
     assert num_parameters(info, info.shape) > 160_000
