@@ -86,7 +86,9 @@ def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(var
             output = trunk(small, batch)
         totals.append(sum(size for size, _ in kept.values()))
         del output
-    assert saved_bytes(info, info.shape, 2, 24) == (totals[1] - totals[0]) // 2
+    real = (totals[1] - totals[0]) / 2
+    # How many tokens an expert gets is known only when it runs; everything else to the byte.
+    assert saved_bytes(info, info.shape, 2, 24) == pytest.approx(real, rel=0.1 if info.shape.num_experts else 0)
 
 
 def test_a_student_from_elsewhere_and_another_source_are_planned(

@@ -93,7 +93,7 @@ def test_a_source_other_than_the_teacher_is_what_is_pruned(run: Run, finished_so
          "prune.intermediate_size=97 must be a multiple of"),
         ((*OPEN, "rounds=[{prune: {hidden: 3}}]"), r"rounds.*hidden.*no such key"),
         ((*OPEN, "rounds=[{num_tokens: -4}]"), "round 1: distill.num_tokens=-4.0 must be a whole positive number"),
-        ((*ROUNDS, "until=prune"), "until=prune: a round needs the export of the one before; choose one by round=1"),
+        ((*ROUNDS, "until=prune"), "until=prune: a round needs the export of the one before; choose one with round=1"),
         ((*ROUNDS, "export.step=4"), "export.step=4: a round prunes the last step of the one before"),
         (("round=1",), r"round=1 chooses one of rounds, which is empty"),
         ((*OPEN, "rounds=[{prune: {num_hidden_layers: 3}},{prune: {num_hidden_layers: 3}}]"),

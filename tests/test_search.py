@@ -291,19 +291,21 @@ def test_a_search_killed_after_its_report_goes_on(searched: Path, run: Run, sear
 
 
 def test_steps_or_a_judge_without_loss_tokens_are_refused_before_anything_is_cut(run: Run, tmp_path: Path) -> None:
-    chat = '{"messages": [{"role": "user", "content": "%s"}]}\n' % ("word " * 60)
-    answer = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-    (tmp_path / "chat.jsonl").write_text(chat * 40 + answer)
-    settings = (*SEARCH, "data.loss_on=response", "distill.global_batch_size=1", "distill.micro_batch_size=1")
-    data = (
-        "data.validation=[{path: 'embedded:tiny-chat', name: chat}]",
-        f"data.train=[{{path: {tmp_path}/chat.jsonl}}]",
-    )
-    for stage in ("tokenize", "score"):
-        run(*settings, *data, f"stage={stage}")
-    with pytest.raises(ConfigError, match=r"search step \d+ of \d+ would have no loss token"):
-        run(*settings, *data, "stage=search")
-    assert not (tmp_path / "run" / "search" / "candidates").exists()
+    """Most rows are made of documents of one token, which is never a target; each source as a whole has targets."""
+    real = {"text": "The river carries the letter under the bridge. " * 20}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [*[{"text": "a"}] * 500, real]))
+    alone = (*SEARCH, "data.append_eos=false", "distill.global_batch_size=1", "distill.micro_batch_size=1")
+    for number, (changed, said) in enumerate((
+        (f"data.train=[{{path: {mixed}}}]", r"search step \d+ of \d+ would have no loss token"),
+        (f"data.validation=[{{path: {mixed}, name: mixed}}]", r"search.judge=mixed: none of the 1 sequences .* holds a loss"),
+    )):  # fmt: skip
+        settings = (*alone, changed, f"run_dir={tmp_path / str(number)}", "search.num_sequences=1")
+        for stage in ("tokenize", "score"):
+            run(*settings, f"stage={stage}")
+        with pytest.raises(ConfigError, match=said):
+            run(*settings, "stage=search")
+        assert not (tmp_path / str(number) / "search" / "candidates").exists()
 
 
 def test_a_speed_with_sizes_that_cannot_be_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
