@@ -370,11 +370,16 @@ def compose_config(*overrides: str, config_dir: str | Path | None = None) -> Dic
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         if GlobalHydra.instance().is_initialized():
-            return compose("config", overrides=[*overrides])
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", overrides=[*overrides, *extra])
+            composed = compose("config", overrides=[*overrides])
+        else:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                composed = compose("config", overrides=[*overrides, *extra])
     except Exception as error:  # Hydra and OmegaConf raise a dozen classes here, all of them about the settings
         raise ConfigError(_explain(error)) from error
+    plain = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(plain, dict)
+    _resolve_sizes(plain, CompressConfig)  # says what is no number; to_config replaces them
+    return composed
 
 
 def _explain(error: BaseException) -> str:
@@ -458,7 +463,7 @@ def to_config(composed: DictConfig) -> CompressConfig:
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
         assert isinstance(plain, dict)
-        _resolve_sizes(plain, CompressConfig)  # type: ignore[arg-type]
+        _resolve_sizes(plain, CompressConfig)
         if plain.get("stage") == Stage.plan:  # reckons without the text
             for split, number, source in _sources(plain):
                 source["path"] = f"{split}-{number}.jsonl" if source.get("path") == MISSING else source.get("path")
@@ -499,7 +504,7 @@ def parse_size(value: float | str, key: str) -> float:
     return float(match[1]) * _UNITS[match[2].lower()]
 
 
-def _resolve_sizes(plain: dict[str, Any], kind: Any, prefix: str = "") -> None:
+def _resolve_sizes(plain: dict[Any, Any], kind: Any, prefix: str = "") -> None:
     """Replace what stands for a number by the number, in every section and list."""
     hints = get_type_hints(kind)
     for name, value in plain.items():
@@ -511,7 +516,7 @@ def _resolve_sizes(plain: dict[str, Any], kind: Any, prefix: str = "") -> None:
                 if isinstance(item, dict):
                     _resolve_sizes(item, element, f"{key}[{number}].")
         elif hint in (Size, Size | None) and isinstance(value, float | int | str) and not isinstance(value, bool):
-            plain[name] = value if value == MISSING else parse_size(value, key)
+            plain[name] = value if value == MISSING or "${" in str(value) else parse_size(value, key)
 
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys

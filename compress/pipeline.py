@@ -193,9 +193,9 @@ def _run_rounds(config: CompressConfig) -> None:
             raise ConfigError(
                 f"round {number} prunes {one.prune.source}, which isn't there; run round={number - 1} up to export"
             )
-        first = _run_dir(round_config(config, 1)) / "tokens"
+        shared = _run_dir(round_config(config, 1)) / "tokens"
         tokens = _run_dir(one) / "tokens"
-        if number > 1 and first.exists() and not tokens.exists():
+        if number > 1 and shared.exists() and not tokens.exists():
             with disk_errors(tokens):
                 tokens.parent.mkdir(parents=True, exist_ok=True)
                 tokens.symlink_to(Path("..") / "round_1" / "tokens")
@@ -471,6 +471,8 @@ def status(config: CompressConfig) -> Table:
     for column in ("stage", "state", "detail", "time", "disk"):
         result.add_column(column, justify="right" if column in ("time", "disk") else "left")
     for stage, entry in STAGES.items():
+        if stage is Stage.search and not config.search.num_candidates:
+            continue
         folder = run_dir / entry.folder(config)
         state, detail, seconds = "not started", "", ""
         if (folder / MANIFEST).exists():

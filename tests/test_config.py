@@ -133,7 +133,7 @@ def test_a_missing_recipe_or_setting_lists_what_there_is() -> None:
         assert "tiny" in found
         assert "--config-dir DIR" in found
     assert "did you mean tiny" in message("recipe=tinny")
-    assert "cluster=cloud: no such cluster; there are local" in message("cluster=cloud", "recipe=tiny")
+    assert "cluster=cloud: no such cluster; there are h100, local" in message("cluster=cloud", "recipe=tiny")
 
 
 def test_a_folder_of_ones_own_recipes_is_searched_beside_ours(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_steps_or_a_judge_without_loss_tokens_are_refused_before_anything_is_cut
     alone = (*SEARCH, "data.append_eos=false", "distill.global_batch_size=1", "distill.micro_batch_size=1")
     for number, (changed, said) in enumerate((
         (f"data.train=[{{path: {mixed}}}]", r"search step \d+ of \d+ would have no loss token"),
-        (f"data.validation=[{{path: {mixed}, name: mixed}}]", r"search.judge=mixed: none of the 1 sequences .* holds a loss"),
+        (f"data.validation=[{{path: {mixed}, name: mixed}}]", r"search.judge=mixed: none of the 1 seq.* holds a loss"),
     )):  # fmt: skip
         settings = (*alone, changed, f"run_dir={tmp_path / str(number)}", "search.num_sequences=1")
         for stage in ("tokenize", "score"):
