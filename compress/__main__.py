@@ -120,6 +120,9 @@ def _start_logging() -> None:
     root = logging.getLogger("compress")
     root.handlers, root.propagate = [handler], False
     root.setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks, the others only of trouble
+        console.quiet = True
+        root.setLevel(logging.ERROR)
 
 
 def _fail(error: CompressError) -> None:

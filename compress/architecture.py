@@ -175,6 +175,12 @@ def num_active_parameters(info: ModelInfo, shape: Shape) -> int:
     return total - experts + experts * chosen // shape.num_experts
 
 
+def key_value_cache_bytes(shape: Shape, context_tokens: int, num_sequences: int, item_bytes: int) -> int:
+    """Keys and values of so many sequences of `context_tokens`; every layer counted in full, also one that slides."""
+    each = 2 * shape.num_key_value_heads * shape.head_dim * item_bytes
+    return shape.num_hidden_layers * each * context_tokens * num_sequences
+
+
 def parse_config(config: Mapping[str, Any], source: str) -> PreTrainedConfig:
     """transformers' own config object, for its defaults and its rules; ArchitectureError when it refuses."""
     family = family_of(config, source)
@@ -260,11 +266,11 @@ def student_config(
     return student
 
 
-def check_shape(info: ModelInfo, shape: Shape, multiple_of: int) -> None:
+def check_shape(info: ModelInfo, shape: Shape, multiple_of: int, tensor_parallel: int = 1) -> None:
     """Raise ConfigError unless the teacher can be sliced to `shape` and transformers loads the result.
 
     Hidden, intermediate and expert sizes are multiples of `multiple_of` (matrix units), unless they are the teacher's
-    own; every kept key-value head keeps the same number of query heads.
+    own; every kept key-value head keeps the same number of query heads; `tensor_parallel` ranks get equal parts.
     """
     teacher, family = info.shape, info.family
     assert (shape.head_dim, shape.vocab_size, shape.tied) == (teacher.head_dim, teacher.vocab_size, teacher.tied)
@@ -290,6 +296,12 @@ def check_shape(info: ModelInfo, shape: Shape, multiple_of: int) -> None:
         )
     _check_widths(info, shape, multiple_of)
     _check_heads(info, shape)
+    uneven = uneven_size(shape, tensor_parallel)
+    if uneven:
+        raise ConfigError(
+            f"prune.{uneven}={getattr(shape, uneven)} can't be split over shape.tensor_parallel={tensor_parallel} "
+            "ranks evenly; choose a multiple, or fewer ranks"
+        )
     if shape.num_experts:
         chosen = info.parsed.num_experts_per_tok
         if shape.num_experts < chosen:
@@ -301,6 +313,15 @@ def check_shape(info: ModelInfo, shape: Shape, multiple_of: int) -> None:
         parse_config(student_config(info.config, family, shape, range(shape.num_hidden_layers)), "the student's config")
     except ArchitectureError as error:
         raise ConfigError(f"prune.*: {error}; choose other sizes") from error
+
+
+def uneven_size(shape: Shape, tensor_parallel: int) -> str | None:
+    """A size that so many ranks can't share; key-value heads may also be copied, a whole number of times."""
+    groups = shape.num_key_value_heads
+    for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size"):
+        if getattr(shape, name) % tensor_parallel:
+            return name
+    return "num_key_value_heads" if groups % tensor_parallel and tensor_parallel % groups else None
 
 
 def _check_widths(info: ModelInfo, shape: Shape, multiple_of: int) -> None:

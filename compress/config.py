@@ -8,14 +8,15 @@ long work.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -31,15 +32,22 @@ from omegaconf.errors import (
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
 
+if TYPE_CHECKING:
+    Size = float
+else:  # as it is written, `8e9`, `8B` or `80GiB`; to_config makes a number of it
+    Size = float | int | str
+
 
 class Stage(StrEnum):
     all = "all"
     tokenize = "tokenize"
     score = "score"
+    search = "search"
     prune = "prune"
     distill = "distill"
     export = "export"
     evaluate = "evaluate"
+    plan = "plan"
     status = "status"
     selftest = "selftest"
 
@@ -144,8 +152,8 @@ class ScoreConfig:
 
 @dataclass
 class PruneConfig:
-    """The student's shape, by Hugging Face size names; what is not given stays as the teacher's, unless
-    `max_parameters` is given: then the best predicted legal shape within the budget fills what is open."""
+    """The student's shape, by Hugging Face size names; what is not given stays as the teacher's, unless a budget
+    (`max_*`, `min_tokens_per_second`) is: then the best legal shape within all of it fills what is open."""
 
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -154,27 +162,47 @@ class PruneConfig:
     num_key_value_heads: int | None = None
     num_experts: int | None = None
     moe_intermediate_size: int | None = None  # of one expert
-    max_parameters: float | None = None
+    source: str | None = None  # the Hugging Face folder that is scored and pruned; none = the teacher itself
+    max_parameters: Size | None = None
+    max_non_embedding_parameters: Size | None = None
+    max_active_parameters: Size | None = None  # of which a token meets only num_experts_per_tok experts
+    max_bytes: Size | None = None  # weights in export.dtype, keys and values of shape.num_contexts contexts
+    min_tokens_per_second: float | None = None  # of generation, measured here; needs search.num_candidates
     width_criterion: str | None = None  # of score.width; none = its first
     depth_criterion: DepthCriterion | None = None  # of score.depth; none = its first
     removed_layers: list[int] | None = None  # by hand, instead of the depth criterion
     compensate: bool = False  # kept MLP channels and heads absorb what the removed ones did, by least squares
     merge_heads: bool = False  # Minitron's residual merge: removed heads are folded into kept ones
     compensate_sequences: int = 128  # of calibration text, or as many as there are
+    adapters: list[str] = field(default_factory=list)  # PEFT LoRA folders, sliced along into adapters/NAME
 
 
 @dataclass
 class ShapeConfig:
     multiple_of: int = 16
-    min_parameters_ratio: float = 0.9  # a budget's candidates hold at least this share of it
+    min_budget_ratio: float = 0.9  # a budget's candidates use at least this share of it
+    tensor_parallel: int = 1  # ranks of the serving engine that heads, MLP and expert widths must divide over
+    context_tokens: int = 4096  # that prune.max_bytes holds keys and values for
+    num_contexts: int = 1
     max_width_pruning: float = 0.5
     max_depth_pruning: float = 0.5
 
 
 @dataclass
+class SearchConfig:
+    """Choosing among the shapes of a budget by measurement: cut, compare, distil the better half a little, repeat."""
+
+    num_candidates: int = 0  # of the best predicted shapes, cut and measured; 0 = the best predicted is taken
+    num_tokens: Size = 0.0  # of the first round's short distillation, each round twice the last; 0 = none
+    num_sequences: int = 32  # that candidates are compared on
+    judge: str | None = None  # the validation set these come from; none = the first
+    continue_winner: bool = False  # distill goes on from the winner's trained weights instead of prune's
+
+
+@dataclass
 class DistillConfig:
     init_from: str | None = None  # a student pruned elsewhere; none = this run's prune folder
-    num_tokens: float = MISSING
+    num_tokens: Size = MISSING
     global_batch_size: int = 4  # sequences a step
     micro_batch_size: int = 4  # sequences a forward; changes memory, not the gradient
     temperature: float = 1.0
@@ -188,6 +216,7 @@ class DistillConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+    recompute: bool = False  # a layer's activations are made again in the backward: less memory, a third more work
     compile: bool = False  # torch.compile per decoder layer: 1.3x on a CPU after half a minute, needs a C++ compiler
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
@@ -202,7 +231,7 @@ class ExportConfig:
 
 @dataclass
 class EvaluateConfig:
-    max_tokens: float | None = 32768  # of each validation set; none = all
+    max_tokens: Size | None = 32768.0  # of each validation set; none = all
     micro_batch_size: int = 4
     generate_tokens: int = 64  # for the speed figure
     lm_eval: bool = False
@@ -211,26 +240,56 @@ class EvaluateConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """The machines that stage=plan reckons with; nothing here changes a result."""
+
+    num_nodes: int = 1
+    gpus_per_node: int = 0  # 0 = the CPU trains
+    memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
+    peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = measured here
+    efficiency: float = 0.4  # share of it that a training step reaches
+    price_per_gpu_hour: float | None = None
+
+
+@dataclass
+class RoundConfig:
+    """One of several rounds of pruning and distilling; what it leaves out is as for a single one."""
+
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    num_tokens: Size | None = None  # none = distill.num_tokens
+    learning_rate: float | None = None  # none = distill.learning_rate
+
+
+@dataclass
 class CompressConfig:
     name: str = "run"
     run_dir: str = "runs/${name}"
     cache_dir: str = "${oc.env:COMPRESS_CACHE,'~/.cache/compress'}"
     stage: Stage = Stage.all
+    until: Stage | None = None  # the last one that stage=all runs; none = all of them
     seed: int = 0
     compute_dtype: ComputeDtype = ComputeDtype.auto
     threads: int = 0  # 0 = torch's own choice
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    rounds: list[RoundConfig] = field(
+        default_factory=list
+    )  # in run_dir/round_1, ...; each prunes the last one's student
+    round: int | None = None  # only this one of them, from 1
 
 
 GROUPS = ("recipe", "cluster")
+BUDGET = ("max_parameters", "max_non_embedding_parameters", "max_active_parameters", "max_bytes",
+          "min_tokens_per_second")  # fmt: skip
 
 
 def conf_dir() -> Path:
@@ -311,11 +370,16 @@ def compose_config(*overrides: str, config_dir: str | Path | None = None) -> Dic
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         if GlobalHydra.instance().is_initialized():
-            return compose("config", overrides=[*overrides])
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", overrides=[*overrides, *extra])
+            composed = compose("config", overrides=[*overrides])
+        else:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                composed = compose("config", overrides=[*overrides, *extra])
     except Exception as error:  # Hydra and OmegaConf raise a dozen classes here, all of them about the settings
         raise ConfigError(_explain(error)) from error
+    plain = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(plain, dict)
+    _resolve_sizes(plain, CompressConfig)  # says what is no number; to_config replaces them
+    return composed
 
 
 def _explain(error: BaseException) -> str:
@@ -340,11 +404,14 @@ def _explain_key(found: OmegaConfBaseException, around: str) -> str:
     key = str(found.full_key)
     # OmegaConf knows a key inside a list's element only from there on; Hydra's message around it has the rest.
     outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", around)
-    inside = "." not in key and found.object_type is SourceConfig
+    in_round = bool(outside and outside[1] == "rounds" and key != "rounds")
+    inside = is_dataclass(found.object_type) and (
+        in_round or ("." not in key and found.object_type in (SourceConfig, RoundConfig))
+    )
     if inside:
         key = f"{outside[1] if outside else 'data.*'}: {key}"
     if isinstance(found, ConfigKeyError):
-        names = [f.name for f in fields(SourceConfig)] if inside else _keys(CompressConfig)
+        names = [f.name for f in fields(found.object_type)] if inside and found.object_type else _keys(CompressConfig)
         return f"{key}: no such key{_closest(str(found.full_key), names)}; " + (
             f"there are {', '.join(names)}" if inside else "all keys: python -m compress --help"
         )
@@ -374,10 +441,13 @@ def _rule_of(hint: Any) -> str | None:
         float: "a number",
         bool: "true or false",
         str: "text",
+        Size: "a number, such as 8e9, 8B or 80GiB",
+        Size | None: "a number, such as 8e9, 8B or 80GiB, or null",
         list[int]: "a list of whole numbers, such as [3,4]",
         list[str]: "a list of names, such as [activation,taylor]",
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
+        list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
         SourceConfig: "a source, such as {path: my.jsonl}",
     }
     rule = words.get(plain)
@@ -392,6 +462,11 @@ def to_config(composed: DictConfig) -> CompressConfig:
     """Convert what Hydra composed, strictly: unknown keys (also by `+key=`) and wrong types are ConfigErrors."""
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        assert isinstance(plain, dict)
+        _resolve_sizes(plain, CompressConfig)
+        if plain.get("stage") == Stage.plan:  # reckons without the text
+            for split, number, source in _sources(plain):
+                source["path"] = f"{split}-{number}.jsonl" if source.get("path") == MISSING else source.get("path")
         merged = OmegaConf.merge(OmegaConf.structured(CompressConfig), plain)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -409,6 +484,41 @@ def to_config(composed: DictConfig) -> CompressConfig:
     return config
 
 
+def _sources(plain: dict[Any, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for split in ("train", "calibration", "validation"):
+        for number, source in enumerate((plain.get("data") or {}).get(split) or ()):
+            if isinstance(source, dict):
+                yield split, number, source
+
+
+_SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf|-inf)\s*([a-z]*)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+
+def parse_size(value: float | str, key: str) -> float:
+    """The number behind `8B` (billion), `1.5M`, `80GiB`, `3e8`. Raises ConfigError for anything else."""
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{key}={value} must be a number, such as 8e9, 8B or 80GiB")
+    return float(match[1]) * _UNITS[match[2].lower()]
+
+
+def _resolve_sizes(plain: dict[Any, Any], kind: Any, prefix: str = "") -> None:
+    """Replace what stands for a number by the number, in every section and list."""
+    hints = get_type_hints(kind)
+    for name, value in plain.items():
+        hint, key = hints.get(name), f"{prefix}{name}"
+        if isinstance(value, dict) and is_dataclass(hint):
+            _resolve_sizes(value, hint, f"{key}.")
+        elif isinstance(value, list) and is_dataclass(element := next(iter(get_args(hint)), None)):
+            for number, item in enumerate(value):
+                if isinstance(item, dict):
+                    _resolve_sizes(item, element, f"{key}[{number}].")
+        elif hint in (Size, Size | None) and isinstance(value, float | int | str) and not isinstance(value, bool):
+            plain[name] = value if value == MISSING or "${" in str(value) else parse_size(value, key)
+
+
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
 
@@ -422,16 +532,27 @@ _RULES: tuple[_Rule, ...] = (
         lambda v: v >= 1,
         "must be at least 1",
         "data.records_per_shard score.num_sequences score.depth_sequences score.task_items score.micro_batch_size "
-        "score.max_removed_layers shape.multiple_of prune.hidden_size prune.intermediate_size prune.num_hidden_layers "
-        "prune.num_attention_heads prune.num_key_value_heads prune.num_experts prune.moe_intermediate_size "
-        "prune.compensate_sequences distill.global_batch_size "
-        "distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints distill.log_steps export.step "
-        "evaluate.micro_batch_size evaluate.lm_eval_items evaluate.generate_tokens",
+        "score.max_removed_layers shape.multiple_of shape.tensor_parallel prune.hidden_size prune.intermediate_size "
+        "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
+        "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
+        "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
+        "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
+        "evaluate.generate_tokens cluster.num_nodes",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
+    (
+        lambda v: math.isfinite(v) and v >= 1,
+        "must be a number of 1 or more, such as 100M",
+        "prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters prune.max_bytes",
+    ),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
     (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
-    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps"),
+    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates cluster.gpus_per_node"),
+    (
+        lambda v: 0 <= v < math.inf and v == int(v),
+        "must be a whole number of tokens, or 0 for none",
+        "search.num_tokens",
+    ),
     (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
     (bool, "is empty; give a folder", "run_dir cache_dir"),
     (bool, "is empty; give a Hugging Face folder, a hub id, or embedded:NAME", "teacher.path"),
@@ -439,7 +560,8 @@ _RULES: tuple[_Rule, ...] = (
         _positive,
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
-        "distill.epsilon prune.max_parameters",
+        "distill.epsilon prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
+        "cluster.price_per_gpu_hour",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
@@ -449,7 +571,7 @@ _RULES: tuple[_Rule, ...] = (
         "is a share: within 0 and 1, 1 excluded",
         "shape.max_width_pruning shape.max_depth_pruning",
     ),
-    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_parameters_ratio"),
+    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_budget_ratio cluster.efficiency"),
     (
         lambda v: _positive(v) and v == int(v),
         "must be a whole positive number of tokens",
@@ -470,20 +592,128 @@ def check(config: CompressConfig) -> None:
             value = operator.attrgetter(key)(config)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value} {text}")
-    _check_batches(config)
-    if config.prune.max_parameters is not None and config.prune.removed_layers is not None:
+    if config.until in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
         raise ConfigError(
-            f"prune.removed_layers={config.prune.removed_layers} can't be combined with prune.max_parameters="
-            f"{config.prune.max_parameters:,.0f}, which chooses the layers; set one of the two to null"
+            f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
+    _check_batches(config)
+    if config.rounds:
+        _check_rounds(config)
+    elif config.round is not None:
+        raise ConfigError(
+            f"round={config.round} chooses one of rounds, which is empty; give rounds=[...], or round=null"
+        )
+    else:
+        _check_budget(config)
     if config.prune.merge_heads and config.prune.compensate:
         raise ConfigError(
             "prune.merge_heads=true can't be combined with prune.compensate=true, which is fitted to heads as they "
             "are; set one of the two to false"
         )
+    names = [Path(path).name for path in config.prune.adapters]
+    if len(set(names)) != len(names) or not all(names):
+        raise ConfigError(f"prune.adapters: the folders' names {names} must differ, since each keeps its own")
     _check_criteria(config)
     for split in ("train", "calibration", "validation"):
         _check_sources(split, getattr(config.data, split))
+
+
+def _check_budget(config: CompressConfig) -> None:
+    prune, search = config.prune, config.search
+    limits = [key for key in BUDGET if getattr(prune, key) is not None]
+    if limits and prune.removed_layers is not None:
+        raise ConfigError(
+            f"prune.removed_layers={prune.removed_layers} can't be combined with prune.{limits[0]}="
+            f"{getattr(prune, limits[0]):,.0f}, which chooses the layers; set one of the two to null"
+        )
+    if prune.min_tokens_per_second is not None and not search.num_candidates:
+        raise ConfigError(
+            f"prune.min_tokens_per_second={prune.min_tokens_per_second:g} is measured on candidates; set "
+            "search.num_candidates, such as 8"
+        )
+    if search.num_candidates and not limits:
+        raise ConfigError(
+            f"search.num_candidates={search.num_candidates} searches within a budget; set one of "
+            f"{', '.join(f'prune.{key}' for key in BUDGET)}, or search.num_candidates=0"
+        )
+    tokens_per_step = config.distill.global_batch_size * config.data.sequence_length
+    if 0 < search.num_tokens < tokens_per_step:
+        raise ConfigError(
+            f"search.num_tokens={search.num_tokens:g} is less than one step of distill.global_batch_size * "
+            f"data.sequence_length = {tokens_per_step} tokens; give it more, or 0 for no distillation"
+        )
+    if search.num_candidates and config.distill.init_from:
+        raise ConfigError(
+            f"search.num_candidates={search.num_candidates} finds the student's shape, and distill.init_from="
+            f"{config.distill.init_from} has one already; set search.num_candidates=0, or distill.init_from=null"
+        )
+    if search.continue_winner and not (search.num_candidates and search.num_tokens):
+        raise ConfigError(
+            "search.continue_winner=true goes on from a winner that was distilled; set search.num_candidates and "
+            "search.num_tokens, or it to false"
+        )
+    names = [set_name(source) for source in config.data.validation]
+    if search.judge is not None and search.judge not in names:
+        raise ConfigError(f"search.judge={search.judge} is none of the validation sets {names}; choose one of them")
+
+
+def _check_rounds(config: CompressConfig) -> None:
+    """Each round is a config of its own, and no later one may ask for more than an earlier one left."""
+    count = len(config.rounds)
+    if config.export.step is not None:
+        raise ConfigError(
+            f"export.step={config.export.step}: a round prunes the last step of the one before; set it null"
+        )
+    before_export = [Stage.tokenize, Stage.score, Stage.search, Stage.prune, Stage.distill]
+    if config.round is None and (config.until in before_export or config.stage in before_export):
+        key, value = ("stage", config.stage) if config.stage in before_export else ("until", config.until)
+        raise ConfigError(
+            f"{key}={value}: a round needs the export of the one before; choose one with round=1 and so on"
+        )
+    if config.round is not None and not 1 <= config.round <= count:
+        raise ConfigError(f"round={config.round} must be within 1 and the {count} of rounds, or null for all")
+    if config.prune != PruneConfig() or config.distill.init_from:
+        raise ConfigError(
+            "prune.* and distill.init_from belong to a single round; give them inside of rounds, or set rounds=[]"
+        )
+    for number, (one, two) in enumerate(itertools.pairwise(config.rounds), start=2):
+        for key in (f.name for f in fields(PruneConfig)):
+            before, after = getattr(one.prune, key), getattr(two.prune, key)
+            sized = isinstance(before, int | float) and isinstance(after, int | float) and not isinstance(after, bool)
+            grows = sized and after > before and key not in ("min_tokens_per_second", "compensate_sequences")
+            if grows:
+                raise ConfigError(
+                    f"rounds: round {number} has prune.{key}={after:,.0f}, more than the {before:,.0f} of the round "
+                    "before it; rounds go downwards"
+                )
+    for number in range(1, count + 1):
+        try:
+            check(round_config(config, number))
+        except ConfigError as error:
+            raise ConfigError(f"rounds: round {number}: {error}") from error
+
+
+def round_config(config: CompressConfig, number: int) -> CompressConfig:
+    """The config of one of config.rounds, from 1: a run of its own that prunes the student of the round before."""
+    chosen = config.rounds[number - 1]
+    before = None if number == 1 else f"{config.run_dir}/round_{number - 1}/export"
+    adapters = chosen.prune.adapters
+    if not adapters and before is not None:
+        inherited = round_config(config, number - 1).prune.adapters
+        adapters = [f"{before}/adapters/{Path(path).name}" for path in inherited]
+    distill = replace(
+        config.distill,
+        num_tokens=config.distill.num_tokens if chosen.num_tokens is None else chosen.num_tokens,
+        learning_rate=config.distill.learning_rate if chosen.learning_rate is None else chosen.learning_rate,
+    )
+    return replace(
+        config,
+        run_dir=f"{config.run_dir}/round_{number}",
+        prune=replace(chosen.prune, source=chosen.prune.source or before, adapters=adapters),
+        distill=distill,
+        rounds=[],
+        round=None,
+    )
 
 
 def _check_criteria(config: CompressConfig) -> None:

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from compress.errors import ConfigError, NumericalError
 from compress.models import OutputHead, decoder_layers, output_head
 from compress.objectives import distillation_loss, soft_cap_
+from compress.parallel import ALONE, Ranks
 from compress.scores import LayerRemovals
 from compress.step import trunk
 from compress.tokens import TokenBatch
@@ -59,9 +60,12 @@ def removal_reach(num_hidden_layers: int, wanted: int | None, reach: int | None)
 
 
 class Measure(Protocol):
-    """Says how bad final hidden states (N, D) at the looked-at tokens are; 0 or more, in the order of the batches."""
+    """How bad final hidden states (N, D) at the looked-at tokens are, in the order of the batches: (sum, of how much).
 
-    def __call__(self, final_ND: Tensor) -> float: ...
+    The damage is their ratio, 0 or more; kept apart so that several ranks' shares can be added.
+    """
+
+    def __call__(self, final_ND: Tensor) -> tuple[float, float]: ...
 
 
 class LogitMeasure:
@@ -71,26 +75,26 @@ class LogitMeasure:
         assert kind in ("loss", "nmse", "kl"), kind
         self.kind, self.teacher_ND, self.label_N, self.head = kind, teacher_ND, label_N, head
 
-    def __call__(self, final_ND: Tensor) -> float:
+    def __call__(self, final_ND: Tensor) -> tuple[float, float]:
         head, count = self.head, len(final_ND)
         if self.kind == "kl":
             cap = head.softcap
             total = distillation_loss(
                 final_ND, head.weight_VD, self.teacher_ND, head.weight_VD, student_softcap=cap, teacher_softcap=cap
             )
-            return total.item() / count
+            return total.item(), float(count)
         above = below = 0.0
         for start in range(0, count, _CHUNK):
             chunk = slice(start, start + _CHUNK)
             ours_CV = self._logits(final_ND[chunk])
             if self.kind == "loss":
-                above += F.cross_entropy(ours_CV, self.label_N[chunk], reduction="sum").item()
+                above += F.cross_entropy(ours_CV, self.label_N[chunk], reduction="none").sum(dtype=torch.float64).item()
                 below += len(ours_CV)
             else:
                 theirs_CV = self._logits(self.teacher_ND[chunk])
                 above += (ours_CV - theirs_CV).square().sum(dtype=torch.float64).item()
                 below += theirs_CV.square().sum(dtype=torch.float64).item()
-        return above / below
+        return above, below
 
     def _logits(self, hidden_CD: Tensor) -> Tensor:
         return soft_cap_(hidden_CD @ self.head.weight_VD.T, self.head.softcap).float()
@@ -105,7 +109,7 @@ class TaskMeasure:
         self.item_of_choice, self.right = item_of_choice, right
         self.accuracy = math.nan  # of the last call
 
-    def __call__(self, final_ND: Tensor) -> float:
+    def __call__(self, final_ND: Tensor) -> tuple[float, float]:
         token_N = torch.empty(len(final_ND), dtype=torch.float64)
         for start in range(0, len(final_ND), _CHUNK):
             chunk = slice(start, start + _CHUNK)
@@ -119,7 +123,7 @@ class TaskMeasure:
             total -= score[choices].log_softmax(0)[place].item()
             hits += int(score[choices].argmax().item() == place)
         self.accuracy = hits / len(self.right)
-        return total / len(self.right)
+        return total, float(len(self.right))
 
 
 class Trials:
@@ -242,6 +246,7 @@ def rank_layers(
     max_loss_tokens: int = MAX_TOKENS,
     skip_share: float = 0.0,
     progress: Progress = lambda trials, total: trials,
+    ranks: Ranks = ALONE,
 ) -> Removal:
     """What to remove for 1 to `num_remove` layers, by loss, nmse or kl and a strategy.
 
@@ -252,6 +257,7 @@ def rank_layers(
             layer isn't tried while the damage so far plus this share of the rise that it caused when last tried is no
             better than the best of the round: the layers that were far too dear before aren't measured again.
         progress: wraps the trials, given their number; such as `compress.progress.track`.
+        ranks: every rank calls this with the same batches and measures on its share of them; all find the same.
 
     Raises ConfigError for a number of layers that isn't there, NumericalError for a damage that isn't finite.
     """
@@ -260,11 +266,12 @@ def rank_layers(
     batches = list(batches)
 
     def prepare() -> tuple[Trials, Measure]:
-        picked = spread_loss_tokens(batches, max_loss_tokens)
-        trials = Trials(model, batches, picked)
-        return trials, LogitMeasure(kind, trials.whole_ND, labels_at(batches, picked), output_head(model))
+        picked = list(ranks.mine(spread_loss_tokens(batches, max_loss_tokens)))
+        share = list(ranks.mine(batches))
+        trials = Trials(model, share, picked)
+        return trials, LogitMeasure(kind, trials.whole_ND, labels_at(share, picked), output_head(model))
 
-    return _rank(model, prepare, num_remove, strategy, skip_share, progress)
+    return _rank(model, prepare, num_remove, strategy, skip_share, progress, ranks)
 
 
 def rank_layers_by_task(
@@ -295,7 +302,7 @@ def rank_layers_by_task(
         trials = Trials(model, batches, picked)
         return trials, TaskMeasure(labels_at(batches, picked), choice_N, item_of_choice, right, output_head(model))
 
-    return _rank(model, prepare, num_remove, strategy, 0.0, progress)
+    return _rank(model, prepare, num_remove, strategy, 0.0, progress, ALONE)
 
 
 def _parse(criterion: str) -> tuple[str, str]:
@@ -313,6 +320,7 @@ def _rank(
     strategy: str,
     skip_share: float,
     progress: Progress,
+    ranks: Ranks,
 ) -> Removal:
     if not 0 <= num_remove < model.config.num_hidden_layers:
         raise ConfigError(
@@ -322,11 +330,16 @@ def _rank(
     model.eval()
     try:
         trials, measure = prepare()
-        whole = measure(trials.whole_ND)
+
+        def measured(final_ND: Tensor) -> float:
+            above, below = ranks.sums([torch.tensor(part, dtype=torch.float64) for part in measure(final_ND)])
+            return (above / below).item()
+
+        whole = measured(trials.whole_ND)
 
         def damage(gone: Collection[int]) -> float:
             with torch.no_grad():  # a generator's body runs in its caller's mode
-                found = measure(trials.without(gone)) - whole
+                found = measured(trials.without(gone)) - whole
             if not math.isfinite(found):
                 names = ", ".join(map(str, sorted(gone)))
                 raise NumericalError(f"the damage without layer {names} is {found}; set compute_dtype=float32")

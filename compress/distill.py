@@ -21,10 +21,10 @@ from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
 from compress.config import CompressConfig, Optimizer
 from compress.errors import ConfigError, Interrupted, NumericalError
-from compress.inputs import student_of, teacher_of
+from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
-from compress.parallel import compile_layers, resolve_dtype, shard, single_process_mesh
+from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
 from compress.step import StudentModule, Teacher, accumulate_gradients
 from compress.tokens import SequenceOrder, TokenSet
@@ -40,7 +40,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     """
     settings, trust = config.distill, config.teacher.trust_remote_code
     teacher_path = teacher_of(config)
-    student_path = student_of(config, run_dir)
+    student_path = start_of(config, run_dir)
     data, order = training_order(config, run_dir)
     max_steps = num_steps(config)
     check_same_tokenizer(teacher_path, student_path, trust)
@@ -54,6 +54,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
                 f"vocab_size of student {student_path} is {model.config.vocab_size}, of teacher {teacher_path} "
                 f"{teacher.model.config.vocab_size}: logits are compared id by id; give both the same vocabulary rows"
             )
+        if settings.recompute:
+            recompute_layers(model)
         if settings.compile:
             compile_layers(teacher.model)
             compile_layers(model)
@@ -182,17 +184,19 @@ def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, Seq
     data = TokenSet.open(run_dir / "tokens" / "train")
     max_steps, batch = num_steps(config), config.distill.global_batch_size
     order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
-    _refuse_empty_windows(data, order, max_steps, batch)
+    refuse_empty_windows(data, order, max_steps, batch)
     return data, order
 
 
-def _refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int) -> None:
+def refuse_empty_windows(
+    data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int, what: str = "distill"
+) -> None:
     """Every step of the whole run must have a loss token: known from the index before the first forward."""
     per_draw = data.loss_tokens[order.indices(0, max_steps * global_batch_size)]
     empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
     if len(empty):
         raise ConfigError(
-            f"distill step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
+            f"{what} step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
             f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
             "(data.loss_on=all)"
         )

@@ -13,10 +13,10 @@ from compress.architecture import num_parameters, with_sizes
 from compress.config import CompressConfig, Stage
 from compress.embedded import resolve
 from compress.folders import read_model
-from compress.inputs import teacher_of
+from compress.inputs import source_of
 from compress.parallel import resolve_dtype
-from compress.prune import given_sizes
 from compress.sources import local_files
+from compress.targets import given_sizes
 
 # Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
 FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
@@ -24,7 +24,8 @@ TEXT_BYTES_PER_SECOND = 0.6e6
 OVERHEAD_SECONDS = 6.0  # imports, loading, saving
 
 
-def _flops_per_second(dtype: torch.dtype) -> float:
+def flops_per_second(dtype: torch.dtype) -> float:
+    """Of one product as large as a small model's, measured now."""
     left_MK, right_KN = torch.randn(1024, 576).to(dtype), torch.randn(576, 1536).to(dtype)
     times = []
     for _ in range(6):
@@ -37,13 +38,13 @@ def _flops_per_second(dtype: torch.dtype) -> float:
 def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage, float]:
     """Seconds for each of the stages, to within a factor of about two: 2 FLOP a parameter and token, 6 to train."""
     cache = Path(config.cache_dir).expanduser()
-    info = read_model(teacher_of(config), config.teacher.trust_remote_code)
+    info = read_model(source_of(config), config.teacher.trust_remote_code)
     length, layers = config.data.sequence_length, info.shape.num_hidden_layers
     teacher = num_parameters(info, info.shape)
     sizes = {"num_hidden_layers": layers - len(config.prune.removed_layers or []), **given_sizes(config)}
     student = num_parameters(info, with_sizes(info.shape, sizes))
-    student = min(student, int(config.prune.max_parameters or student))
-    speed = _flops_per_second(resolve_dtype(config.compute_dtype))
+    student = min(student, int(config.prune.max_parameters or student), int((config.prune.max_bytes or 1e30) / 2))
+    speed = flops_per_second(resolve_dtype(config.compute_dtype))
     score = 2 * teacher * config.score.num_sequences * length
     measured = [criterion for criterion in config.score.depth if criterion.is_measured]
     if measured:
@@ -55,8 +56,12 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         tokens = config.prune.compensate_sequences * length
         compensate = tokens * (2 * teacher / FORWARD_EFFICIENCY + 6 * 2 * layers * info.shape.intermediate_size**2)
     evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
+    search, half = config.search, -(-config.search.num_candidates // 2)
     flops = {
         Stage.score: score / FORWARD_EFFICIENCY,
+        Stage.search: search.num_candidates * (compensate + 2 * student * search.num_sequences * length)
+        # Halving: every round has half of the candidates and twice the tokens, the teacher's pass being shared.
+        + max(1, half.bit_length() - 1) * half * search.num_tokens * 6 * student / STEP_EFFICIENCY,
         Stage.prune: compensate,
         Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
         # The float32 softmax over the vocabulary takes as long again as the products.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.slicing import copy_companions
+from compress.targets import ADAPTERS
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     with building_folder(run_dir / f".{target.name}-new") as folder:
         model.save_pretrained(folder)
         copy_companions(teacher, folder, trust)
+        if (pruned / ADAPTERS).is_dir():
+            shutil.copytree(pruned / ADAPTERS, folder / ADAPTERS)
         open_permissions(folder)
         _check_reloaded(folder, model, trust)
         read_model(folder, trust)  # its tensors are those of the table, and no others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -23,8 +23,12 @@ HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.t
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def teacher_folder(path: str, revision: str | None, cache_dir: Path, trust_remote_code: bool = False) -> Path:
+def teacher_folder(
+    path: str, revision: str | None, cache_dir: Path, trust_remote_code: bool = False, config_only: bool = False
+) -> Path:
     """The local folder of a teacher: `embedded:NAME`, a folder, or a hub id (fetched into the hub's own cache).
+
+    With `config_only` no more than config.json is fetched.
 
     Raises ArtifactError when it is none of them or the hub can't be reached and the cache doesn't have it.
     """
@@ -39,7 +43,8 @@ def teacher_folder(path: str, revision: str | None, cache_dir: Path, trust_remot
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    wanted = ["config.json"] if config_only else HUB_FILES
+    patterns = [*wanted, "*.py"] if trust_remote_code else wanted
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's own classes, httpx's, and OSError: all mean that there is no snapshot
@@ -56,6 +61,17 @@ def read_model(folder: Path, trust_remote_code: bool = False) -> ModelInfo:
 
     Raises ArtifactError for what is missing, truncated or foreign, ArchitectureError for what the table can't describe.
     """
+    info = read_config(folder, trust_remote_code)
+    tensors = _read_headers(folder)
+    if info.shape.tied and info.family.head in tensors:
+        _check_same_head(folder, tensors, info.family)
+        del tensors[info.family.head]
+    _check_tensors(folder, tensors, tensor_shapes(info.rows, info.shape))
+    return replace(info, tensors=tensors)
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> ModelInfo:
+    """What config.json alone says: everything but the tensors. Raises as `read_model` does."""
     if not (folder / "config.json").is_file():
         hint = (
             "merge the adapter into its base model first"
@@ -93,12 +109,7 @@ def read_model(folder: Path, trust_remote_code: bool = False) -> ModelInfo:
             f"{source}: num_attention_heads={shape.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={shape.num_key_value_heads}"
         )
-    tensors = _read_headers(folder)
-    if shape.tied and family.head in tensors:
-        _check_same_head(folder, tensors, family)
-        del tensors[family.head]
-    _check_tensors(folder, tensors, tensor_shapes(family.rows(parsed), shape))
-    return ModelInfo(folder, config, family, shape, tensors)
+    return ModelInfo(folder, config, family, shape, {})
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:

@@ -18,6 +18,7 @@ from compress.errors import NumericalError
 from compress.families import AXES, Row, Shape, family_of_config
 from compress.importance import experts_of, run_expert
 from compress.models import decoder_layers, output_head
+from compress.parallel import ALONE, Ranks
 from compress.scores import Widths
 from compress.slicing import holds_all_experts
 from compress.step import trunk
@@ -180,12 +181,14 @@ class _Gradients:
         self.sequence_BD = torch.zeros(0)
 
 
-def estimate_taylor(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> Widths:
+def estimate_taylor(model: PreTrainedModel, batches: Iterable[TokenBatch], ranks: Ranks = ALONE) -> Widths:
     """First-order Taylor importance: by how much the loss would change, to first order, if a unit's activation were 0.
 
     For each sequence the sum over its tokens (and a unit's elements) of activation times gradient of the mean
     next-token cross-entropy; the mean over sequences of its magnitude (Molchanov et al., arXiv 1906.10771, on
     activations; LLM-Pruner's criterion, arXiv 2305.11627, is the same on weights).
+
+    With several `ranks` each runs its share of the batches, and all return the scores of all.
 
     Memory: the activations of one micro-batch, as in training without optimizer or weight gradients. Raises
     NumericalError when a score isn't finite or no batch has a loss token.
@@ -202,7 +205,7 @@ def estimate_taylor(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> Wi
     num_sequences = 0
     try:
         with torch.enable_grad():
-            for batch in batches:
+            for batch in ranks.mine(batches):
                 count_B = batch.loss_mask.sum(1)
                 if not bool(count_B.any()):
                     continue
@@ -224,6 +227,8 @@ def estimate_taylor(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> Wi
         for parameter, wanted in asked:
             parameter.requires_grad_(wanted)
         model.train(training)
+    count, *totals = ranks.sums([torch.tensor(num_sequences), *found.total.values()])
+    num_sequences, found.total = int(count), dict(zip(found.total, totals, strict=True))
     if num_sequences == 0:
         raise NumericalError("the calibration batches hold no loss token; check data.calibration and data.loss_on")
     for axis, scores in found.total.items():

@@ -24,6 +24,7 @@ from compress.criteria import Criterion, parse_criterion
 from compress.errors import NumericalError
 from compress.families import Family, Shape, family_of_config
 from compress.models import decoder_layers
+from compress.parallel import ALONE, Ranks
 from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
 from compress.streaming import LayerStream, Progress, sweep
@@ -222,6 +223,32 @@ class Listener:
 
         return undo
 
+    def combine(self, ranks: Ranks) -> None:
+        """Add what the other ranks heard on their batches; every rank has all of it then."""
+        if ranks.size == 1:
+            return
+        keys = sorted(self.scores)
+        parts = [torch.tensor([self.num_sequences, self.num_tokens]), self.angle_L]
+        parts += [found[name] for found in (self.routed_norm, self.routed_count) for name in sorted(found)]
+        if self.similarity is not None:
+            parts += [self.similarity.sum_SS, torch.tensor(self.similarity.count)]
+        totals = iter(ranks.sums(parts))
+        self.num_sequences, self.num_tokens = (int(value) for value in next(totals))
+        self.angle_L = next(totals)
+        for routed in (self.routed_norm, self.routed_count):
+            for name in sorted(routed):
+                routed[name] = next(totals)
+        if self.similarity is not None:
+            self.similarity.sum_SS, self.similarity.count = next(totals), int(next(totals))
+        running = [self.scores[key] for key in keys]
+        heard = ranks.gather([t for r in running for t in (torch.tensor(r.count), r.mean_X, r.deviation_X)])
+        for place, key in enumerate(keys):
+            merged = _Running()
+            for found in heard:
+                count, mean_X, deviation_X = found[3 * place : 3 * place + 3]
+                merged.merge(int(count), mean_X, deviation_X)
+            self.scores[key] = merged
+
     def finish(
         self, norms: Sequence[dict[str, Tensor]] | None, shape: Shape, criteria: Sequence[Criterion]
     ) -> Importance:
@@ -376,6 +403,7 @@ def estimate_importance(
     criteria: Sequence[str] = ("activation:l2/mean",),
     *,
     similarity: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Importance:
     """Scores of every axis from one forward pass of the trunk; the output head doesn't run.
 
@@ -390,6 +418,7 @@ def estimate_importance(
             multiplied by the L2 norm of the weights that read the unit: what the column adds to the residual stream,
             and not only how large it is.
         similarity: also the mean cosine between the stream at any two depths, for contiguous blocks of layers.
+        ranks: every rank calls this with the same batches, runs its share of them, and returns the scores of all.
 
     Raises NumericalError when a score isn't finite or no batch has a real token.
     """
@@ -403,13 +432,14 @@ def estimate_importance(
     model.eval()
     undo = [remove for number, layer in enumerate(layers) for remove in listener.attach(layer, number)]
     try:
-        for batch in batches:
+        for batch in ranks.mine(batches):
             if listener.start(batch.valid_mask):
                 trunk(model, batch)
     finally:
         for remove in undo:
             remove()
         model.train(training)
+    listener.combine(ranks)
     weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
     norms = [reader_norms(layer, listener.where) for layer in layers] if weighted else None
     return listener.finish(norms, shape, parsed)
@@ -425,6 +455,7 @@ def stream_importance(
     spill: Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda steps, total: steps,
+    ranks: Ranks = ALONE,
 ) -> Importance:
     """The scores of `estimate_importance`, bit for bit, with one layer of the model in memory at a time.
 
@@ -434,7 +465,7 @@ def stream_importance(
     """
     parsed = [parse_criterion(text) for text in criteria]
     stream = LayerStream(info, dtype, trust_remote_code)
-    batches = [batch for batch in batches if bool(batch.valid_mask.any())]
+    batches = [batch for batch in ranks.mine(batches) if bool(batch.valid_mask.any())]
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
     listener = Listener(info.family, stream.num_layers, aggregations)
     weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
@@ -459,4 +490,5 @@ def stream_importance(
         listener.start(batch.valid_mask, count=first)
 
     sweep(stream, batches, range(stream.num_layers), visit, before, spill=spill, progress=progress)
+    listener.combine(ranks)
     return listener.finish(norms if weighted else None, info.shape, parsed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from compress.architecture import ModelInfo, num_parameters
@@ -16,11 +17,16 @@ from compress.tokens import TokenSet
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
 
-def teacher_of(config: CompressConfig) -> Path:
+def teacher_of(config: CompressConfig, config_only: bool = False) -> Path:
     """The teacher's local folder. Raises ArtifactError or ConfigError as `folders.teacher_folder` does."""
     teacher = config.teacher
     cache = Path(config.cache_dir).expanduser()
-    return teacher_folder(teacher.path, teacher.revision, cache, teacher.trust_remote_code)
+    return teacher_folder(teacher.path, teacher.revision, cache, teacher.trust_remote_code, config_only)
+
+
+def source_of(config: CompressConfig) -> Path:
+    """The model that is scored and pruned: prune.source, such as an earlier round's student, or the teacher itself."""
+    return Path(config.prune.source).expanduser() if config.prune.source else teacher_of(config)
 
 
 def student_of(config: CompressConfig, run_dir: Path) -> Path:
@@ -29,11 +35,17 @@ def student_of(config: CompressConfig, run_dir: Path) -> Path:
     return Path(elsewhere).expanduser() if elsewhere else run_dir / "prune"
 
 
+def start_of(config: CompressConfig, run_dir: Path) -> Path:
+    """The weights that distill starts from: the untrained student, or the search's winner, a little trained."""
+    return run_dir / "search" / "winner" if config.search.continue_winner else student_of(config, run_dir)
+
+
 def streams(config: CompressConfig, info: ModelInfo) -> bool:
     """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must."""
     if config.score.stream is not None:
         return config.score.stream
-    return whole_bytes(config, info) > MEMORY_SHARE * available_bytes()
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of it on this machine, one a rank
+    return copies * whole_bytes(config, info) > MEMORY_SHARE * available_bytes()
 
 
 def whole_bytes(config: CompressConfig, info: ModelInfo) -> int:

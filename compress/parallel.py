@@ -8,39 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import math
 import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compress.errors import ConfigError
 from compress.models import decoder_layers
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @functools.cache
 def _measured_dtype() -> torch.dtype:
     """bfloat16 where one of its products is faster than float32's, which on a CPU depends on AMX or AVX512-BF16."""
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-        times = []
-        for _ in range(4):  # the first one also packs and compiles
+    left, right = torch.randn(512, 1024), torch.randn(1024, 1024)
+    seconds = dict.fromkeys((torch.bfloat16, torch.float32), math.inf)
+    for _ in range(12):  # in turns, and the best of many: a busy machine disturbs some of them, not all
+        for dtype in seconds:
+            one, other = left.to(dtype), right.to(dtype)
             start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])
+            one @ other
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     chosen = torch.bfloat16 if ratio > 1 else torch.float32
     log.info("compute_dtype=auto: a bfloat16 product is %.1fx float32's speed here, so %s", ratio, str(chosen)[6:])
@@ -75,12 +80,77 @@ def _anonymous_bytes() -> int:
     return 0
 
 
-def refuse_several_ranks() -> None:
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a launcher. Work is dealt out as cards are, and what they found is added in the ranks' order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files."""
+        return self.rank == 0
+
+    def mine(self, items: Iterable[T]) -> Iterator[T]:
+        return itertools.islice(items, self.rank, None, self.size)
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors, in float64, on every rank; all ranks call it with the same shapes."""
+        if self.size == 1:
+            return [[tensor.double() for tensor in tensors]]
+        flat = torch.cat([tensor.double().cpu().flatten() for tensor in tensors])
+        everyones = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(everyones, flat)
+        sizes = [tensor.numel() for tensor in tensors]
+        return [
+            [part.view(tensor.shape) for part, tensor in zip(one.split(sizes), tensors, strict=True)]
+            for one in everyones
+        ]
+
+    def agree(self, text: str) -> str:
+        """The first rank's answer, on every rank; at most 64 ASCII characters."""
+        if self.size == 1:
+            return text
+        letters = torch.zeros(64, dtype=torch.uint8)
+        letters[: len(text)] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        dist.broadcast(letters, 0)
+        return bytes(letters.tolist()).rstrip(b"\0").decode()
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Over the ranks, in float64."""
+        return [torch.stack(found).sum(0) for found in zip(*self.gather(tensors), strict=True)]
+
+
+ALONE = Ranks()
+
+
+def launched() -> Ranks:
+    """What the launcher's environment says (torchrun, srun with its variables); alone without one."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The launched ranks, which can talk to each other (gloo) inside the block."""
+    ranks = launched()
+    own = ranks.size > 1 and not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo")
+    try:
+        yield ranks
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def refuse_several_ranks(stage: str = "this stage") -> None:
     """Raise ConfigError under a launcher that started more than one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched().size
     if world > 1:
         raise ConfigError(
-            f"WORLD_SIZE={world}: this version runs one process; start it without torchrun, or with 1 rank"
+            f"WORLD_SIZE={world}: {stage} runs in one process in this version, only stage=score in several; start it "
+            "without torchrun, or with 1 rank"
         )
 
 
@@ -107,6 +177,12 @@ def check_compiler() -> None:
         )
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Each decoder layer keeps its input alone and runs again in the backward, in place (arXiv 1604.06174)."""
+    for layer in decoder_layers(model):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile each decoder layer, in place, on its first call: they share one graph, so under a minute in all."""
     for layer in decoder_layers(model):
@@ -124,5 +200,5 @@ def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compu
     )
     # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

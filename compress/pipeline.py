@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -17,27 +17,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import checkpoint, distill, evaluate, export, prune, score, selftest, tokenize
+from compress import checkpoint, distill, evaluate, export, plan, prune, score, search, selftest, tokenize
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
     MANIFEST,
     STARTED,
+    disk_errors,
     fingerprint,
     fingerprint_path,
     read_json,
     run_lock,
     write_json,
 )
-from compress.config import CompressConfig, Stage, set_name
+from compress.config import CompressConfig, Stage, round_config, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
 from compress.families import add_families
 from compress.folders import read_model
-from compress.inputs import student_of, teacher_of
+from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable
-from compress.parallel import check_compiler, refuse_several_ranks
+from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.sources import local_files
 
@@ -62,6 +63,8 @@ _TRAINING = (
     "num_tokens global_batch_size temperature optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
     "warmup_steps compile weight_decay beta1 beta2 epsilon max_gradient_norm"
 )
+_TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
+_LATER_KEYS = ("distill.num_tokens", "distill.min_learning_rate_ratio", "distill.compile")  # not of a candidate's
 STAGES: dict[Stage, StageEntry] = {
     Stage.tokenize: StageEntry(
         tokenize.run,
@@ -77,14 +80,21 @@ STAGES: dict[Stage, StageEntry] = {
          "score.task_path", "score.task_items", "score.max_removed_layers"),
         lambda _: "score",
     ),
+    Stage.search: StageEntry(
+        search.run,
+        (Stage.tokenize, Stage.score),
+        ("seed", "compute_dtype", "prune", "shape", "search.num_candidates", "search.num_tokens",
+         "search.num_sequences", "search.judge"),
+        lambda _: "search",
+    ),
     Stage.prune: StageEntry(
-        prune.run, (Stage.score,), ("compute_dtype", "prune", "shape"), lambda _: "prune"
+        prune.run, (Stage.score, Stage.search), ("compute_dtype", "prune", "shape"), lambda _: "prune"
     ),
     Stage.distill: StageEntry(
         distill.run,
         (Stage.tokenize, Stage.prune),
         ("seed", "compute_dtype", "data.train[*].weight", "distill.init_from",
-         *(f"distill.{key}" for key in _TRAINING.split())),
+         "search.continue_winner", *_TRAINING_KEYS),
         lambda _: "distill",
     ),
     Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export.folder_name),
@@ -103,13 +113,20 @@ def run(config: CompressConfig) -> None:
 
     Everything that can be refused is refused before the first stage starts. Raises CompressError.
     """
+    if config.architecture.table:
+        add_families(Path(config.architecture.table).expanduser())
+    if config.rounds:
+        _run_rounds(config)
+        return
     run_dir = _run_dir(config)
     if config.stage is Stage.status:
         _print(status(config))
         return
-    refuse_several_ranks()
-    if config.architecture.table:
-        add_families(Path(config.architecture.table).expanduser())
+    if config.stage is Stage.plan:
+        _print_all(plan.run(config))
+        return
+    if config.stage is not Stage.score:
+        refuse_several_ranks(f"stage={config.stage}")
     if config.stage is Stage.selftest:
         _print(selftest.run(config))
         return
@@ -123,6 +140,8 @@ def run(config: CompressConfig) -> None:
     if set(todo) - {Stage.export}:
         prune.preflight(config)
         score.preflight(config)
+        if Stage.search in todo:
+            search.preflight(config)
         if Stage.evaluate in todo:
             evaluate.preflight(config)
         _check_models(config)
@@ -140,9 +159,52 @@ def run(config: CompressConfig) -> None:
         _run_stage(config, run_dir, stage, expected[stage])
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
+    elif chosen[-1] is Stage.prune:
+        print(f"pruned, untrained:  {student_of(config, run_dir)}", flush=True)
     if Stage.evaluate in chosen or Stage.export in chosen:
         pruned = student_of(config, run_dir)
         print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
+
+
+def _run_rounds(config: CompressConfig) -> None:
+    """The rounds one after the other, each a run of its own in run_dir/round_N, over the same tokens."""
+    numbers = list(range(1, len(config.rounds) + 1))
+    chosen = numbers if config.round is None else [config.round]
+    if config.stage is Stage.selftest:
+        run(round_config(config, chosen[0]))
+        return
+    if config.stage in (Stage.plan, Stage.status):
+        if config.stage is Stage.plan:
+            _print_all(plan.run_rounds([round_config(config, number) for number in numbers]))
+        else:
+            for number in chosen:
+                _print(status(round_config(config, number)))
+        return
+    info = read_model(source_of(round_config(config, 1)), config.teacher.trust_remote_code)
+    for number in numbers:  # what can be refused now, before the first one's long work
+        one = round_config(config, number)
+        adapters = one.prune.adapters if number == 1 else []
+        first = dataclasses.replace(one, prune=dataclasses.replace(one.prune, source=None, adapters=adapters))
+        info = prune.preflight_of(first, info)
+    for number in chosen:
+        one = round_config(config, number)
+        log.info("round %d of %d", number, len(config.rounds))
+        if one.prune.source and not Path(one.prune.source).expanduser().is_dir():
+            raise ConfigError(
+                f"round {number} prunes {one.prune.source}, which isn't there; run round={number - 1} up to export"
+            )
+        shared = _run_dir(round_config(config, 1)) / "tokens"
+        tokens = _run_dir(one) / "tokens"
+        if number > 1 and shared.exists() and not tokens.exists():
+            with disk_errors(tokens):
+                tokens.parent.mkdir(parents=True, exist_ok=True)
+                tokens.symlink_to(Path("..") / "round_1" / "tokens")
+        run(one)
+
+
+def _print_all(tables: Iterable[Table]) -> None:
+    for found in tables:
+        _print(found)
 
 
 def _print(table: Table) -> None:
@@ -155,16 +217,30 @@ def _run_dir(config: CompressConfig) -> Path:
 
 
 def _chosen(config: CompressConfig) -> list[Stage]:
-    """The stages of config.stage. A student pruned elsewhere needs neither scores nor pruning."""
+    """The stages of config.stage. Raises ConfigError for one alone that this config leaves out."""
+    if config.stage is Stage.search and not config.search.num_candidates:
+        raise ConfigError("stage=search needs search.num_candidates, such as 8, and a budget to search within")
     if config.stage is not Stage.all:
         return [config.stage]
-    return [stage for stage in STAGES if not (config.distill.init_from and stage in (Stage.score, Stage.prune))]
+    order = list(STAGES)
+    last = order.index(config.until) if config.until is not None else len(order)
+    return [stage for stage in order[: last + 1] if stage not in _left_out(config)]
+
+
+def _left_out(config: CompressConfig) -> set[Stage]:
+    """A student pruned elsewhere needs neither scores nor pruning; without candidates there is nothing to search."""
+    elsewhere = {Stage.score, Stage.search, Stage.prune} if config.distill.init_from else set()
+    return elsewhere | (set() if config.search.num_candidates else {Stage.search})
 
 
 def _check_places(config: CompressConfig) -> None:
     """What a run writes must not lie in a folder that it fingerprints."""
     run_dir = _run_dir(config).resolve()
-    models = {"teacher.path": teacher_of(config), "distill.init_from": config.distill.init_from}
+    models = {
+        "teacher.path": teacher_of(config),
+        "distill.init_from": config.distill.init_from,
+        "prune.source": config.prune.source,
+    }
     for key, folder in models.items():
         if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
             raise ConfigError(
@@ -174,26 +250,30 @@ def _check_places(config: CompressConfig) -> None:
 
 
 def _check_models(config: CompressConfig) -> None:
-    """transformers takes the teacher, and a student from elsewhere (distill.init_from) that speaks the same ids."""
+    """transformers takes the teacher, and a model from elsewhere (distill.init_from, prune.source) with its ids."""
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     check_usable(teacher, trust)
-    if not config.distill.init_from:
-        return
-    student = Path(config.distill.init_from).expanduser()
-    ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
-    if ours != theirs:
-        raise ConfigError(
-            f"distill.init_from={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
-            "id by id, so give both the same vocabulary rows"
-        )
-    check_usable(student, trust)
-    check_same_tokenizer(teacher, student, trust)
+    for key, folder in (("distill.init_from", config.distill.init_from), ("prune.source", config.prune.source)):
+        if not folder:
+            continue
+        student = Path(folder).expanduser()
+        ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
+                "id by id, so give both the same vocabulary rows"
+            )
+        check_usable(student, trust)
+        check_same_tokenizer(teacher, student, trust)
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:
     entry = STAGES[stage]
     folder = run_dir / entry.folder(config)
+    if not launched().is_main:  # the first rank keeps the books
+        entry.run(config, run_dir)
+        return
     with run_lock(run_dir, folder.name):
         if _is_done(config, stage, expected):  # another process finished it since we looked
             return
@@ -234,8 +314,22 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             plain["data"][split][number] |= {"path": None, "name": set_name(source), "weight": None}
     plain["data"]["train[*]"] = {"weight": [source.weight for source in config.data.train]}
     teacher_fingerprint = fingerprint_path(teacher)
-    for stage in (Stage.score, Stage.prune, Stage.distill, Stage.evaluate):
+    for stage in (Stage.score, Stage.search, Stage.prune, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
+    if config.prune.source:
+        source = Path(config.prune.source).expanduser()
+        if not source.is_dir():
+            raise ArtifactError(
+                f"prune.source={source} is no folder; give the Hugging Face folder of what is to be pruned"
+            )
+        for stage in (Stage.score, Stage.search, Stage.prune):
+            files[stage]["prune.source's files"] = fingerprint_path(source)
+            plain["prune"]["source"] = None  # what it holds counts, not where it lies
+    for number, adapter in enumerate(config.prune.adapters):
+        if not Path(adapter).expanduser().is_dir():
+            raise ArtifactError(f"prune.adapters={adapter} is no folder; give one that peft's save_pretrained wrote")
+        files[Stage.prune][f"prune.adapters[{number}]"] = fingerprint_path(Path(adapter).expanduser())
+    plain["prune"]["adapters"] = [Path(adapter).name for adapter in config.prune.adapters]
     if config.architecture.table:
         for stage in (Stage.score, Stage.prune):
             files[stage]["architecture.table"] = fingerprint_path(Path(config.architecture.table).expanduser())
@@ -249,11 +343,15 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
         reads = entry.reads
         if stage is Stage.score and any(criterion.is_measured for criterion in config.score.depth):
             reads += ("prune.num_hidden_layers",)  # it says how far they go
+        if stage in (Stage.search, Stage.prune) and config.prune.max_bytes is not None:
+            reads += ("export.dtype",)
+        if stage is Stage.search and config.prune.min_tokens_per_second is not None:
+            reads += ("export.dtype",)
+        if stage is Stage.search and config.search.num_tokens:
+            reads += ("data.train[*].weight", *(key for key in _TRAINING_KEYS if key not in _LATER_KEYS))
         settings = {key: _look_up(plain, key) for key in reads}
         upstream = {
-            before.value: result[before]["fingerprint"]
-            for before in entry.after
-            if not (before is Stage.prune and config.distill.init_from)
+            before.value: result[before]["fingerprint"] for before in entry.after if before not in _left_out(config)
         }
         facts = {"format_version": FORMAT_VERSION, "settings": settings, "files": files[stage], "upstream": upstream}
         result[stage] = {**facts, "fingerprint": fingerprint(facts)}
@@ -318,7 +416,7 @@ def _check_upstream(
     """Every stage that will run has its inputs: done before with these settings, or earlier in this command."""
     for stage in todo:
         for before in STAGES[stage].after:
-            if before in chosen or (before is Stage.prune and config.distill.init_from):
+            if before in chosen or before in _left_out(config):
                 continue
             done = _is_done(config, before, expected[before])
             if before is Stage.distill and config.export.step is not None:
@@ -373,6 +471,8 @@ def status(config: CompressConfig) -> Table:
     for column in ("stage", "state", "detail", "time", "disk"):
         result.add_column(column, justify="right" if column in ("time", "disk") else "left")
     for stage, entry in STAGES.items():
+        if stage is Stage.search and not config.search.num_candidates:
+            continue
         folder = run_dir / entry.folder(config)
         state, detail, seconds = "not started", "", ""
         if (folder / MANIFEST).exists():

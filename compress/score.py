@@ -17,19 +17,22 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo
 from compress.artifacts import fingerprint_path, write_json
-from compress.config import CompressConfig, DepthCriterion
+from compress.config import CompressConfig, ComputeDtype, DepthCriterion
 from compress.criteria import AGGREGATED, Criterion, parse_criterion
 from compress.depth import rank_layers, rank_layers_by_task, removal_reach
 from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.gradients import estimate_taylor, weight_magnitude
 from compress.importance import estimate_importance, stream_importance
-from compress.inputs import check_calibration, streams, task_items, teacher_of, whole_bytes
+from compress.inputs import check_calibration, source_of, streams, task_items, whole_bytes
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
-from compress.parallel import available_bytes, resolve_dtype
+from compress.parallel import Ranks, available_bytes, joined, resolve_dtype
 from compress.progress import console, track
+from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
+from compress.shapes import enumerate_shapes, rank
+from compress.targets import budget, given_shape, given_sizes, grid_of
 from compress.tokens import TokenBatch, TokenSet
 
 log = logging.getLogger(__name__)
@@ -41,26 +44,38 @@ SKIP_SHARE = 0.5
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
-    """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text."""
+    """Write score/importance.safetensors and score/report.json. Raises ConfigError when there is too little text.
+
+    Under torchrun every rank calls it and takes its share of the calibration set; the first one writes.
+    """
+    with joined() as ranks:
+        # What each would measure by itself must be one answer for all.
+        dtype = ranks.agree(str(resolve_dtype(config.compute_dtype))[6:])
+        alone = ranks.agree(str(streams(config, read_model(source_of(config), config.teacher.trust_remote_code))))
+        scoring = replace(config.score, stream=alone == "True")
+        _run(replace(config, compute_dtype=ComputeDtype(dtype), score=scoring), run_dir, ranks)
+
+
+def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     trust = config.teacher.trust_remote_code
-    info = read_model(teacher_of(config), trust)
-    tokens = _calibration(config, run_dir, info)
+    info = read_model(source_of(config), trust)
+    tokens = _calibration(config, run_dir, info, ranks)
     criteria = [parse_criterion(text) for text in config.score.width]
     started = time.monotonic()
     model = None
     if streams(config, info):
-        importance = _streamed(config, run_dir, info, tokens, criteria)
+        importance = _streamed(config, run_dir, info, tokens, criteria, ranks)
     else:
         model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
         model.eval().requires_grad_(False)
-        importance = _activations(config, model, tokens, criteria)
+        importance = _activations(config, model, tokens, criteria, ranks)
     seconds = {"activation": time.monotonic() - started}
     widths = dict(importance.widths)
     for criterion in criteria:
         began = time.monotonic()
         if criterion.kind == "taylor":
             assert model is not None  # preflight
-            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"))
+            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"), ranks)
         elif criterion.kind == "weight_magnitude":
             widths[str(criterion)] = weight_magnitude(info)
         else:
@@ -69,16 +84,19 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     depths, facts = {}, {}
     for depth in config.score.depth:
         began = time.monotonic()
-        depths[str(depth)], facts[str(depth)] = _depth(config, info, model, tokens, importance, depth)
+        depths[str(depth)], facts[str(depth)] = _depth(config, info, model, tokens, importance, depth, ranks)
         seconds[str(depth)] = time.monotonic() - began
     # In the order of the settings: the first of each is what pruning goes by when it isn't told.
     importance = replace(importance, widths={str(c): widths[str(c)] for c in criteria}, depths=depths)
+    if not ranks.is_main:
+        return
     save_importance(run_dir / "score" / IMPORTANCE, importance, fingerprint_path(info.folder))
     agreement = {axis: _agreement(importance, axis) for axis in importance.width()}
     report: dict[str, Any] = {
         "num_sequences": importance.num_sequences,
         "num_tokens": importance.num_tokens,
         "block_influence": importance.block_influence_L.tolist(),
+        "width_criteria": list(importance.widths),
         "rank_correlation": agreement,
         "depth": {name: {"removed": d.removed, "cost": d.cost, **facts[name]} for name, d in depths.items()},
         "seconds": seconds,
@@ -86,14 +104,16 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     for name, found in depths.items():
         if found.removed:
             log.info("depth by %s: layers %s (%.3f)", name, found.of(len(found.removed)), found.cost[-1])
-    write_json(run_dir / "score" / REPORT, report)
     if len(criteria) + len(depths) > 2:
+        if model is not None:
+            report["recommendation"] = _recommendation(config, info, model, tokens, importance)
         console.print(table(report))
+    write_json(run_dir / "score" / REPORT, report)
 
 
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError for criteria that this teacher or these settings can't give. Reads no weights."""
-    info = read_model(teacher_of(config), config.teacher.trust_remote_code)
+    info = read_model(source_of(config), config.teacher.trust_remote_code)
     if streams(config, info):
         whole = [text for text in config.score.width if parse_criterion(text).kind == "taylor"]
         whole += [str(c) for c in config.score.depth if c is not DepthCriterion.block_influence]
@@ -109,6 +129,32 @@ def preflight(config: CompressConfig) -> None:
             _reach(config, info)
     if any(criterion.startswith("task") for criterion in config.score.depth):
         task_items(config)
+
+
+def _recommendation(
+    config: CompressConfig, info: ModelInfo, model: PreTrainedModel, tokens: TokenSet, importance: Importance
+) -> dict[str, Any]:
+    """What the model that each criterion would leave loses, at the shape that prune.* asks for."""
+    if budget(config):
+        grid = grid_of(config, info, importance)
+        shapes = enumerate_shapes(info, grid) if grid.limits else []
+        criteria = config.prune.width_criterion, config.prune.depth_criterion
+        shape = rank(shapes, importance, info.shape, *criteria)[0].shape if shapes else info.shape
+    elif given_sizes(config) or config.prune.removed_layers:
+        shape = given_shape(config, info)
+    else:  # scored for another run's pruning
+        shape = info.shape
+    count = min(tokens.num_sequences, config.score.depth_sequences)
+    batches = list(_batches(tokens, count, config.score.micro_batch_size))
+
+    def progress(trials: Iterator[str], total: int) -> Iterator[str]:
+        return track(trials, f"comparing criteria on {count} sequences", total, "criterion")
+
+    found = compare_criteria(model, batches, importance, info.shape, shape, progress)
+    for axis, key in (("width", "prune.width_criterion"), ("depth", "prune.depth_criterion")):
+        if found[axis]["best"]:
+            log.info("recommended: %s=%s, KL %.4f untrained", key, found[axis]["best"], min(found[axis]["kl"].values()))
+    return found
 
 
 def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:
@@ -128,7 +174,7 @@ def _tracked(config: CompressConfig, tokens: TokenSet, what: str) -> Iterator[To
     )
 
 
-def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> TokenSet:
+def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo, ranks: Ranks) -> TokenSet:
     tokens = TokenSet.open(run_dir / "tokens" / "calibration")
     if tokens.vocab_size > info.shape.vocab_size:
         raise ConfigError(
@@ -136,25 +182,42 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo) -> Toke
             f"{info.shape.vocab_size}; tokenize again with this teacher's tokenizer"
         )
     check_calibration(config, tokens)
+    counted = {"score.num_sequences": config.score.num_sequences}
+    if any(criterion.is_measured and not criterion.startswith("task") for criterion in config.score.depth):
+        counted["score.depth_sequences"] = config.score.depth_sequences
+    for key, count in counted.items():
+        groups = -(-count // config.score.micro_batch_size)
+        if groups < ranks.size:
+            raise ConfigError(
+                f"WORLD_SIZE={ranks.size}: {key}={count} in micro-batches of score.micro_batch_size="
+                f"{config.score.micro_batch_size} gives work to {groups} ranks only; start fewer, or make the "
+                "micro-batches smaller"
+            )
     return tokens
 
 
 def _activations(
-    config: CompressConfig, model: PreTrainedModel, tokens: TokenSet, criteria: Sequence[Criterion]
+    config: CompressConfig, model: PreTrainedModel, tokens: TokenSet, criteria: Sequence[Criterion], ranks: Ranks
 ) -> Importance:
     """One forward pass; it runs for block influence also where no activation criterion is asked for."""
     wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
     similarity = DepthCriterion.block_cosine in config.score.depth
-    return estimate_importance(model, _tracked(config, tokens, "activations"), wanted, similarity=similarity)
+    batches = _tracked(config, tokens, "activations")
+    return estimate_importance(model, batches, wanted, similarity=similarity, ranks=ranks)
 
 
 def _streamed(
-    config: CompressConfig, run_dir: Path, info: ModelInfo, tokens: TokenSet, criteria: Sequence[Criterion]
+    config: CompressConfig,
+    run_dir: Path,
+    info: ModelInfo,
+    tokens: TokenSet,
+    criteria: Sequence[Criterion],
+    ranks: Ranks,
 ) -> Importance:
     """The same scores with one layer in memory at a time, the hidden states in a file of the run folder."""
     wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
     batches = list(_batches(tokens, config.score.num_sequences, config.score.micro_batch_size))
-    spill = run_dir / ".score-spill"
+    spill = run_dir / f".score-spill-{ranks.rank}"
     try:
         return stream_importance(
             info,
@@ -162,6 +225,7 @@ def _streamed(
             batches,
             wanted,
             spill=spill,
+            ranks=ranks,
             trust_remote_code=config.teacher.trust_remote_code,
             progress=lambda steps, total: track(
                 steps, f"scoring {config.score.num_sequences} sequences, a layer at a time", total, "tok",
@@ -183,6 +247,7 @@ def _depth(
     tokens: TokenSet,
     importance: Importance,
     criterion: DepthCriterion,
+    ranks: Ranks,
 ) -> tuple[LayerRemovals, dict[str, Any]]:
     """What to remove by one criterion, and what the report says of how it was found."""
     if criterion is DepthCriterion.block_influence:
@@ -206,7 +271,7 @@ def _depth(
         )  # fmt: skip
         return removal, {"num_trials": removal.num_trials, "num_items": len(items)}
     batches = list(_batches(tokens, config.score.depth_sequences, config.score.micro_batch_size))
-    removal = rank_layers(model, batches, reach, criterion, skip_share=SKIP_SHARE, progress=progress)
+    removal = rank_layers(model, batches, reach, criterion, skip_share=SKIP_SHARE, progress=progress, ranks=ranks)
     return removal, {"num_trials": removal.num_trials, "num_sequences": config.score.depth_sequences}
 
 
@@ -229,15 +294,32 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """How far the width criteria agree with the first one, and what each depth criterion would remove."""
+    """The criteria side by side: what each would leave untrained, and how far it agrees with the first one."""
     result = Table(title="criteria", title_justify="left")
     result.add_column("criterion")
+    result.add_column("KL, nats/token", justify="right")
     result.add_column("agrees with the first on (rank correlation), or removes")
-    axes = report["rank_correlation"]
-    for name in next(iter(axes.values())):
+    axes, advice = report["rank_correlation"], report.get("recommendation")
+
+    def kl(axis: str, name: str) -> str:
+        value = advice[axis]["kl"].get(name) if advice else None
+        if advice is None or value is None:
+            return "-"
+        return f"[bold]{value:.4f}[/bold]" if name == advice[axis]["best"] else f"{value:.4f}"
+
+    first = report["width_criteria"][0]
+    result.add_row(first, kl("width", first), "(the first)")
+    for name in report["width_criteria"][1:]:
         found = {axis: row[name] for axis, row in axes.items()}
-        result.add_row(name, ", ".join(f"{axis} {value:.2f}" for axis, value in found.items()))
+        agreement = ", ".join(f"{axis} {value:.2f}" for axis, value in found.items())
+        result.add_row(name, kl("width", name), agreement)
     for name, found in report["depth"].items():
         if found["removed"]:
-            result.add_row(name, f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}")
+            result.add_row(name, kl("depth", name), f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}")
+    if advice:
+        sizes = ", ".join(f"{size}={value}" for size, value in advice["width"]["sizes"].items() if value)
+        result.caption = (
+            f"KL to the teacher of the untrained model that each leaves, on {advice['num_tokens']:,} tokens: widths at "
+            f"{sizes} with every layer, layers at num_hidden_layers={advice['depth']['num_hidden_layers']}"
+        )
     return result

@@ -1,278 +1,572 @@
-"""From a parameter budget to shapes: enumerate the legal ones, order them by the damage that the scores predict."""
+"""Stage search: the best shape within a budget, by measurement.
 
-# L layers, D hidden, F intermediate, H query heads, G key-value heads
+The best predicted shapes are cut and compared by their KL to the teacher; the better half is distilled for a few
+tokens and compared again, and so on with twice the tokens until one is left (successive halving, Jamieson and
+Talwalkar, arXiv 1502.07943). All candidates see the same sequences, so one pass of the teacher serves them all: its
+signals are kept on disk. Each figure is committed alone, so that a killed search goes on where it was.
+"""
+
+# S sequences that candidates are compared on, C candidates, R resamples
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil, lcm
+import itertools
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compress.architecture import ModelInfo, check_shape, num_parameters, with_sizes
-from compress.errors import ConfigError
+from compress import checkpoint
+from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
+from compress.artifacts import STARTED, building_folder, open_permissions, read_json, write_json
+from compress.config import CompressConfig, Optimizer, set_name
+from compress.distill import refuse_empty_windows, source_weights
+from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.families import PRUNABLE, Shape
-from compress.scores import Importance, Widths
-from compress.slicing import select_heads
+from compress.folders import read_model
+from compress.inputs import source_of, streams, teacher_of, whole_bytes
+from compress.metrics import generation_speed
+from compress.models import decoder_layers, load_model, output_head
+from compress.objectives import distillation_loss
+from compress.optimizer import LocalOptimizer
+from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
+from compress.progress import console, track
+from compress.scores import Importance
+from compress.shapes import (
+    Candidate,
+    Grid,
+    check_fixed,
+    enumerate_shapes,
+    extremes,
+    parameter_limit,
+    rank,
+    rank_correlation,
+)
+from compress.slicing import copy_companions, num_stored_bytes, select
+from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, trunk
+from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
+from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 
-MAX_CHOICES = 32  # of one axis: a large model's grid gets coarser instead of longer
+log = logging.getLogger(__name__)
+SPEEDS = "speeds.json"
+NUM_RESAMPLES = 2000
+SPEED_TOKENS = 32  # generated for a candidate's speed
+NUM_BISECTIONS = 6  # of the parameters that a speed admits: to within 1 % of the range
+CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The bounds of a search. `fixed` holds the sizes that the user gave; the rest is open."""
+class Entry:
+    """A candidate that is measured, under the name of its folder."""
 
-    max_parameters: int
-    min_parameters_ratio: float = 0.9
-    multiple_of: int = 16
-    max_width_pruning: float = 0.5
-    max_depth_pruning: float = 0.5
-    max_removed_layers: int | None = None  # how far the layers' removal order goes
-    fixed: Mapping[str, int] | None = None
+    name: str
+    candidate: Candidate
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A legal shape within the budget. `damage` is the sum of `parts`; how they are formed: `rank`."""
+@dataclass
+class Round:
+    """What the candidates still in it say after `num_tokens` of training: KL of each sequence, in nats (C, S).
 
-    shape: Shape
-    num_parameters: int
-    damage: float
-    parts: Mapping[str, float]
-
-
-def enumerate_shapes(info: ModelInfo, grid: Grid) -> list[tuple[Shape, int]]:
-    """Legal shapes within [min_parameters_ratio, 1] x the budget, and their parameters.
-
-    For each number of layers, hidden size and heads only the largest intermediate size that fits is listed: with the
-    rest equal, a wider MLP keeps a superset of the units, so the narrower one is never the better.
-
-    Raises ConfigError when there is none, naming what can be reached and the nearest legal shapes.
+    Of one whose training diverged it is infinite.
     """
-    fixed = dict(grid.fixed or {})
-    assert set(fixed) <= set(PRUNABLE), fixed
-    teacher, teacher_parameters = info.shape, num_parameters(info, info.shape)
-    budget = grid.max_parameters
-    if budget >= teacher_parameters:
+
+    num_tokens: int
+    names: list[str]
+    kl_CS: Tensor
+    tokens_S: Tensor  # loss tokens
+
+    @property
+    def kl_C(self) -> Tensor:
+        """Nats per token."""
+        return self.kl_CS.sum(1) / self.tokens_S.sum()
+
+    def order(self) -> list[str]:
+        """Best first."""
+        return [self.names[place] for place in self.kl_C.argsort(stable=True).tolist()]
+
+    def win_shares(self, seed: int) -> list[float]:
+        """In how many of NUM_RESAMPLES bootstrap resamples of the sequences each candidate is the best."""
+        generator = torch.Generator().manual_seed(seed)
+        count = len(self.tokens_S)
+        draws_RS = torch.randint(count, (NUM_RESAMPLES, count), generator=generator)
+        best_R = self.kl_CS[:, draws_RS].sum(-1).argmin(0)
+        return (torch.bincount(best_R, minlength=len(self.names)) / NUM_RESAMPLES).tolist()
+
+
+def preflight(config: CompressConfig) -> None:
+    """Raise before any long work when the search can't be held in memory or on the disk. Reads no weights."""
+    trust = config.teacher.trust_remote_code
+    info, teacher = read_model(source_of(config), trust), read_model(teacher_of(config), trust)
+    if streams(config, teacher):
         raise ConfigError(
-            f"prune.max_parameters={budget:,} is not smaller than the teacher's {teacher_parameters:,}; "
-            "choose a smaller budget, or none and a shape"
+            f"search.num_candidates={config.search.num_candidates} compares candidates with the whole teacher in "
+            f"memory, {whole_bytes(config, teacher) / 1e9:.1f} GB of weights, and {available_bytes() / 1e9:.1f} GB are "
+            "free; set search.num_candidates=0 to take the best predicted shape, or search on a larger machine"
         )
-    _check_fixed(info, grid, fixed)
-    lowest = grid.min_parameters_ratio * budget
-    inside: list[tuple[Shape, int]] = []
-    below: tuple[Shape, int] | None = None
-    above: tuple[Shape, int] | None = None
-    smallest: int | None = None
-    largest = 0
-    for options in _open_shapes(info, grid, fixed):
-        # Parameters grow with the intermediate size: find the last that fits.
-        counts = [num_parameters(info, options[0]), num_parameters(info, options[-1])]
-        smallest = counts[0] if smallest is None else min(smallest, counts[0])
-        largest = max(largest, counts[1])
-        low, high = 0, len(options)  # options[:low] fit, options[high:] don't
-        while low < high:
+    grid = grid_of(config, info)
+    check_fixed(info, grid)
+    if not grid.limits:
+        extremes(info, grid)
+    run_dir = Path(config.run_dir).expanduser()
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    has = sum(file.stat().st_size for file in (run_dir / "search").rglob("*") if file.is_file())
+    needed = disk_bytes(config, info, teacher.shape.hidden_size) - has  # what a killed search left is gone on with
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ArtifactError(
+            f"{run_dir / 'search'}: {config.search.num_candidates} candidates and the teacher's signals take up to "
+            f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower search.num_candidates="
+            f"{config.search.num_candidates} or search.num_tokens={config.search.num_tokens:g}, or set run_dir= to a "
+            "larger disk"
+        )
+
+
+def disk_bytes(config: CompressConfig, info: ModelInfo, teacher_hidden_size: int) -> int:
+    """At most: the candidates' weights, a checkpoint for each that is trained and one more, what the teacher says."""
+    search = config.search
+    parameters = min(num_parameters(info, info.shape), config.prune.max_parameters or math.inf)
+    trained = len(_halved(range(search.num_candidates), 0)) if search.num_tokens else 0
+    rounds = math.ceil(math.log2(max(2, trained)))
+    signal_tokens = search.num_tokens * 2 ** (rounds - 1) + search.num_sequences * config.data.sequence_length
+    itemsize = resolve_dtype(config.compute_dtype).itemsize
+    stored = num_stored_bytes(info) / num_parameters(info, info.shape)
+    weights = search.num_candidates * stored + (trained + 1 if trained else 0) * CHECKPOINT_BYTES
+    return int(parameters * weights + signal_tokens * teacher_hidden_size * itemsize)
+
+
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Write search/report.json, whose winner is the shape that prune cuts; a trained winner in search/winner."""
+    trust = config.teacher.trust_remote_code
+    info = read_model(source_of(config), trust)
+    importance = importance_of(run_dir, info)
+    folder = run_dir / "search"
+    _drop_work_of_other_settings(config, folder)
+    judge = _judge(config, run_dir)
+    _check_order(config, run_dir)
+    entries = {entry.name: entry for entry in _entries(config, info, importance, folder)}
+    model = load_model(teacher_of(config), resolve_dtype(config.compute_dtype), trust)
+    teacher = RecordedTeacher(model, folder / "teacher")
+    rounds: list[Round] = []
+    names, num_tokens = list(entries), 0
+    while True:
+        rounds.append(
+            _round(config, run_dir, info, importance, teacher, judge, [entries[n] for n in names], num_tokens)
+        )
+        _log_round(rounds[-1])
+        if not config.search.num_tokens or (num_tokens and len(names) <= 2):
+            break
+        names = _halved(rounds[-1].order(), num_tokens)
+        num_tokens = 2 * num_tokens or int(config.search.num_tokens)
+    winner = rounds[-1].order()[0]
+    if num_tokens and not (folder / "winner").exists():  # it is built as a whole, and its checkpoint goes below
+        _save_winner(config, info, folder, winner)
+    report = _report(config, info, folder, entries, rounds, winner)
+    write_json(folder / SEARCH_REPORT, report)
+    for scratch in ("teacher", "training"):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    console.print(table(report))
+
+
+def _drop_work_of_other_settings(config: CompressConfig, folder: Path) -> None:
+    """Figures stand for the settings and the dtype that they were begun with; a failed search may go on with others."""
+    dtype = str(resolve_dtype(config.compute_dtype))
+    now = {"fingerprint": read_json(folder / STARTED)["fingerprint"], "compute_dtype": dtype}
+    mark = folder / "figures" / "settings.json"
+    if mark.exists() and read_json(mark) != now:
+        for scratch in ("figures", "candidates", "teacher", "training", "winner"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
+        (folder / SPEEDS).unlink(missing_ok=True)
+    write_json(mark, now)
+
+
+def _check_order(config: CompressConfig, run_dir: Path) -> None:
+    """Raise ConfigError when a step of the longest short distillation would have no loss token."""
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    stop = _last_tokens(config) // (config.distill.global_batch_size * data.sequence_length)
+    refuse_empty_windows(data, _order(config, data, stop), stop, config.distill.global_batch_size, "search")
+
+
+def _last_tokens(config: CompressConfig) -> int:
+    """How far the candidates of the last round are trained."""
+    left, tokens = config.search.num_candidates, 0
+    while config.search.num_tokens and not (tokens and left <= 2):
+        left = len(_halved(range(left), tokens))
+        tokens = 2 * tokens or int(config.search.num_tokens)
+    return tokens
+
+
+def _order(config: CompressConfig, data: TokenSet, num_steps: int) -> SequenceOrder:
+    """Another order than distill's, so that a winner that is continued doesn't begin with what it has just seen."""
+    total = num_steps * config.distill.global_batch_size
+    return SequenceOrder(data.source_sizes, source_weights(config), total, seed=config.seed + 1)
+
+
+def _halved(names: Sequence[Any], num_tokens: int) -> list[Any]:
+    """The better half, rounded up; of the untrained two at least, since training may turn their order round."""
+    return list(names[: max(1 if num_tokens else 2, math.ceil(len(names) / 2))])
+
+
+# -- which shapes are measured
+
+
+def _entries(config: CompressConfig, info: ModelInfo, importance: Importance, folder: Path) -> list[Entry]:
+    """search.num_candidates shapes within the budget: the best predicted of each number of layers first."""
+    speeds = _Speeds(config, info, folder)
+    grid = grid_of(config, info, importance)
+    wanted, criteria = config.search.num_candidates, (config.prune.width_criterion, config.prune.depth_criterion)
+
+    def ranked(of: Grid) -> list[Candidate]:
+        return rank(enumerate_shapes(info, of), importance, info.shape, *criteria)
+
+    if not grid.limits:
+        grid = speeds.admitted(grid, ranked)
+    candidates = spread(ranked(grid))
+    target = config.prune.min_tokens_per_second
+    if target is not None:
+        fast = []
+        for candidate in candidates[: 4 * wanted]:
+            if speeds.of(candidate.shape) >= target:
+                fast.append(candidate)
+            if len(fast) == wanted:
+                break
+        if not fast:
+            raise ConfigError(speeds.too_slow())
+        candidates = fast
+    return [Entry(name_of(c.shape, info.shape), c) for c in candidates[:wanted]]
+
+
+def spread(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The best of each number of layers, best first, then the second best of each, and so on.
+
+    Neighbours on the grid differ by a few channels; what decides is how depth and width are traded.
+    """
+    seen: dict[int, int] = {}
+    keyed = []
+    for candidate in candidates:
+        layers = candidate.shape.num_hidden_layers
+        keyed.append((seen.setdefault(layers, 0), candidate))
+        seen[layers] += 1
+    return [candidate for _, candidate in sorted(keyed, key=lambda pair: pair[0])]
+
+
+_SHORT = {
+    "hidden_size": "hidden",
+    "intermediate_size": "mlp",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "groups",
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert",
+}
+
+
+def name_of(shape: Shape, teacher: Shape) -> str:
+    """`layers25-mlp1120`: the sizes that differ from the teacher's."""
+    changed = [name for name in PRUNABLE if getattr(shape, name) != getattr(teacher, name)]
+    return "-".join(f"{_SHORT[name]}{getattr(shape, name)}" for name in sorted(changed, key=list(_SHORT).index))
+
+
+class _Speeds:
+    """Tokens per second of generation by a model of a shape with random weights, measured once and kept in a file."""
+
+    def __init__(self, config: CompressConfig, info: ModelInfo, folder: Path) -> None:
+        self.config, self.info, self.path = config, info, folder / SPEEDS
+        self.found: dict[str, float] = read_json(self.path) if self.path.exists() else {}
+
+    def of(self, shape: Shape) -> float:
+        name = name_of(shape, self.info.shape)
+        if name not in self.found:
+            sizes = student_config(self.info.config, self.info.family, shape, range(shape.num_hidden_layers))
+            dtype = resolve_dtype(self.config.export.dtype)
+            model = AutoModelForCausalLM.from_config(parse_config(sizes, name), dtype=dtype).eval()
+            prompt = torch.arange(8)[None] % shape.vocab_size
+            self.found[name] = generation_speed({name: model}, prompt, SPEED_TOKENS)[name]
+            log.info("%s generates %.1f tokens/s here", name, self.found[name])
+            write_json(self.path, self.found)
+        return self.found[name]
+
+    def admitted(self, grid: Grid, ranked: Any) -> Grid:
+        """The grid with the most parameters whose best predicted shape is fast enough, by bisection."""
+        target = self.config.prune.min_tokens_per_second
+        assert target is not None
+        low, high = extremes(self.info, grid)
+        high = min(high, num_parameters(self.info, self.info.shape) - 1)
+
+        def tried(parameters: int) -> Grid:
+            # Any legal shape below the limit: with given sizes none may lie close to it.
+            return replace(grid, limits=[parameter_limit(self.info, parameters)], min_budget_ratio=0.0)
+
+        def fast(parameters: int) -> bool:
+            return self.of(ranked(tried(parameters))[0].shape) >= target
+
+        if not fast(low):
+            raise ConfigError(self.too_slow())
+        for _ in range(NUM_BISECTIONS):
             middle = (low + high) // 2
-            if num_parameters(info, options[middle]) <= budget:
-                low = middle + 1
+            if fast(middle):
+                low = middle
             else:
                 high = middle
-        if low > 0:
-            fitting = options[low - 1], num_parameters(info, options[low - 1])
-            if fitting[1] >= lowest:
-                inside.append(fitting)
-            if below is None or fitting[1] > below[1]:
-                below = fitting
-        if low < len(options):
-            next_up = options[low], num_parameters(info, options[low])
-            if above is None or next_up[1] < above[1]:
-                above = next_up
-    if inside:
-        return inside
-    why = (
-        f"prune.max_parameters={budget:,} (at least {grid.min_parameters_ratio:.0%} of it used) is out of reach with "
-        f"shape.max_width_pruning={grid.max_width_pruning}, shape.max_depth_pruning={grid.max_depth_pruning}"
-        + (f", removable layers={grid.max_removed_layers}" if grid.max_removed_layers is not None else "")
-        + f", shape.multiple_of={grid.multiple_of}"
-        + (f" and the given {', '.join(f'prune.{k}={v}' for k, v in fixed.items())}" if fixed else "")
-    )
-    if smallest is None:
-        raise ConfigError(f"{why}: no shape is legal; free some of the given sizes")
-    near = "; ".join(f"{_describe(s, teacher)} with {n:,}" for s, n in (found for found in (below, above) if found))
-    raise ConfigError(f"{why}: legal shapes hold {smallest:,} to {largest:,} parameters; nearest: {near}")
+        return tried(low)
+
+    def too_slow(self) -> str:
+        name, speed = max(self.found.items(), key=lambda item: item[1])
+        return (
+            f"prune.min_tokens_per_second={self.config.prune.min_tokens_per_second:g} is out of reach on this machine: "
+            f"the fastest of {len(self.found)} shapes tried, {name}, generates {speed:.1f}; lower it, or raise "
+            f"shape.max_depth_pruning={self.config.shape.max_depth_pruning} and shape.max_width_pruning="
+            f"{self.config.shape.max_width_pruning}"
+        )
 
 
-def _check_fixed(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> None:
-    """Refuse a given size that is wrong by itself, so that the message is about it and not about the budget.
-
-    Given heads are judged only as a pair: open ones can still be chosen to suit.
-    """
-    heads = {"num_attention_heads", "num_key_value_heads"}
-    judged = set(fixed) if heads <= set(fixed) else set(fixed) - heads
-    check_shape(info, with_sizes(info.shape, {name: fixed[name] for name in judged}), grid.multiple_of)
-    for name in heads & set(fixed):
-        if fixed[name] > getattr(info.shape, name):
-            raise ConfigError(f"prune.{name}={fixed[name]} is more than the teacher's {getattr(info.shape, name)}")
+# -- a round
 
 
-def _describe(shape: Shape, teacher: Shape) -> str:
-    """The sizes that differ from the teacher's, as settings."""
-    changed = [f"prune.{n}={getattr(shape, n)}" for n in PRUNABLE if getattr(shape, n) != getattr(teacher, n)]
-    return " ".join(changed) or "the teacher's own shape"
+def _judge(config: CompressConfig, run_dir: Path) -> list[TokenBatch]:
+    """The sequences that candidates are compared on, one a batch, so that each has a figure of its own."""
+    name = config.search.judge or set_name(config.data.validation[0])
+    tokens = TokenSet.open(run_dir / "tokens" / "validation" / name)
+    count = min(tokens.num_sequences, config.search.num_sequences)
+    batches = [tokens.batch(group) for group in tokens.spread(count, 1)]
+    batches = [batch for batch in batches if bool(batch.loss_mask.any())]
+    if not batches:
+        raise ConfigError(
+            f"search.judge={name}: none of the {count} sequences (search.num_sequences) holds a loss token; raise it, "
+            f"name another set, or set data.loss_on=all (now {config.data.loss_on})"
+        )
+    return batches
 
 
-def _open_shapes(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> Iterator[list[Shape]]:
-    """For every choice of the other axes, the shapes over all intermediate (or expert) sizes, ascending."""
-    teacher = info.shape
-    last = "intermediate_size" if teacher.intermediate_size else "moe_intermediate_size"
-    widths = _widths(last, getattr(teacher, last), grid.multiple_of, grid, fixed)
-    for heads, groups in _heads(teacher, grid, fixed):
-        for hidden in _hidden(info, heads, grid, fixed):
-            for layers in _layers(teacher, grid, fixed):
-                for experts in _experts(info, grid, fixed):
-                    sizes = {
-                        "hidden_size": hidden,
-                        "num_hidden_layers": layers,
-                        "num_attention_heads": heads,
-                        "num_key_value_heads": groups,
-                        "num_experts": experts,
-                    }
-                    yield [with_sizes(teacher, {**sizes, last: width}) for width in widths]
-
-
-def _hidden(info: ModelInfo, heads: int, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
-    """Hidden sizes that are legal with so many heads."""
-    teacher, divisible = info.shape, info.family.hidden_divisible_by_heads
-    if info.family.locked:
-        locked = heads * teacher.head_dim
-        legal = locked == teacher.hidden_size or locked % grid.multiple_of == 0
-        return [locked] if legal and fixed.get("hidden_size", locked) == locked else []
-    step = lcm(grid.multiple_of, heads) if divisible else grid.multiple_of
-    found = _widths("hidden_size", teacher.hidden_size, step, grid, fixed)
-    return [hidden for hidden in found if not divisible or hidden % heads == 0]
-
-
-def _experts(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
-    """Numbers of experts down to what a token is routed to; 0 in a dense model."""
-    total = info.shape.num_experts
-    if not total or "num_experts" in fixed:
-        return [fixed.get("num_experts", 0)]
-    lowest = max(info.parsed.num_experts_per_tok, ceil(total * (1 - grid.max_width_pruning)))
-    stride = max(1, ceil((total - lowest) / MAX_CHOICES))
-    return list(range(total, lowest - 1, -stride))
-
-
-def _widths(name: str, size: int, step: int, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
-    if name in fixed:
-        return [fixed[name]]
-    lowest = max(1, ceil(size * (1 - grid.max_width_pruning)))
-    coarse = step * ceil((size - lowest) / (step * MAX_CHOICES) or 1)
-    # Multiples that are counted from zero, not from the teacher's size: they are what matrix units like.
-    return sorted({size, *range(ceil(lowest / coarse) * coarse, size, coarse)})
-
-
-def _layers(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
-    if "num_hidden_layers" in fixed:
-        return [fixed["num_hidden_layers"]]
-    total = teacher.num_hidden_layers
-    lowest = max(1, ceil(total * (1 - grid.max_depth_pruning)))
-    if grid.max_removed_layers is not None:
-        lowest = max(lowest, total - grid.max_removed_layers)
-    return list(range(lowest, total + 1))
-
-
-def _heads(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[tuple[int, int]]:
-    """(query heads, key-value heads) with the same number of query heads in every group.
-
-    Open heads go by whole groups or by whole heads of every group; each count is within max_width_pruning.
-    """
-    lowest_heads = ceil(teacher.num_attention_heads * (1 - grid.max_width_pruning))
-    lowest_groups = ceil(teacher.num_key_value_heads * (1 - grid.max_width_pruning))
-    found = []
-    for groups in range(1, teacher.num_key_value_heads + 1):
-        if groups != fixed.get("num_key_value_heads", groups):
-            continue
-        for size in range(1, teacher.group_size + 1):
-            heads = groups * size
-            if heads != fixed.get("num_attention_heads", heads):
-                continue
-            heads_free = "num_attention_heads" not in fixed and heads < lowest_heads
-            groups_free = "num_key_value_heads" not in fixed and groups < lowest_groups
-            if not (heads_free or groups_free):
-                found.append((heads, groups))
-    stride = max(1, ceil(len(found) / MAX_CHOICES))
-    return found[::-1][::stride]  # the teacher's own always stays
-
-
-def rank(
-    shapes: Sequence[tuple[Shape, int]],
+def _round(
+    config: CompressConfig,
+    run_dir: Path,
+    info: ModelInfo,
     importance: Importance,
-    teacher: Shape,
-    width: str | None = None,
-    depth: str | None = None,
-) -> list[Candidate]:
-    """Candidates by predicted damage, least first. An order for choosing what to try, not a forecast of the loss.
+    teacher: Teacher,
+    judge: Sequence[TokenBatch],
+    entries: Sequence[Entry],
+    num_tokens: int,
+) -> Round:
+    """Bring each candidate to `num_tokens` of training and measure it; what was measured before is read."""
+    figures = run_dir / "search" / "figures"
+    rows = []
+    for number, entry in enumerate(entries, start=1):
+        path = figures / f"{entry.name}-{num_tokens}-tokens.json"
+        if not path.exists():
+            what = f"candidate {number} of {len(entries)}, {entry.name}"
+            student = _student(config, run_dir, info, importance, entry)
+            kl_S: list[float] = []
+            if num_tokens:
+                model = _trained(config, run_dir, teacher, student, entry, num_tokens, what)
+            else:
+                model = load_model(student, teacher.model.dtype, config.teacher.trust_remote_code)
+            if model is not None:
+                kl_S = _divergence(model.eval(), teacher, track(judge, f"comparing {what}", unit="sequence"))
+            finite = model is not None and all(map(math.isfinite, kl_S))
+            if not finite:
+                log.warning("search: candidate %s is not finite after %d tokens and loses", entry.name, num_tokens)
+            write_json(path, {"kl": kl_S if finite else None})
+        rows.append(read_json(path)["kl"] or [math.inf] * len(judge))
+    if all(math.inf in row for row in rows):
+        raise NumericalError(
+            f"search: no candidate is finite after {num_tokens} tokens; lower distill.learning_rate="
+            f"{config.distill.learning_rate}, set compute_dtype=float32, or look at the teacher's weights"
+        )
+    counts = torch.tensor([int(batch.loss_mask.sum()) for batch in judge], dtype=torch.float64)
+    return Round(num_tokens, [e.name for e in entries], torch.tensor(rows, dtype=torch.float64), counts)
 
-    Everything is put on one scale, the share of the residual stream's direction that is lost:
 
-    * layers: a removed layer turns the stream by its block influence BI = 1 - cos, which for small angles is half
-      the relative energy of what the layer adds.
-    * intermediate, heads: of a kept layer a share of that energy is lost. With e the share of squared importance that
-      is dropped (attention and MLP taken as equal halves): BI * (e_heads + e_intermediate) / 2. In a mixture a unit
-      is kept where its expert and it in its expert are.
-    * hidden: dropping channels with the share e of squared importance turns the stream itself by
-      1 - sqrt(1 - e), and every kept layer reads a stream that lacks e, so adds BI * e.
+def _student(config: CompressConfig, run_dir: Path, info: ModelInfo, importance: Importance, entry: Entry) -> Path:
+    """The candidate's untrained Hugging Face folder, cut as prune would; made once."""
+    folder = run_dir / "search" / "candidates" / entry.name
+    if not folder.exists():
+        width, depth = config.prune.width_criterion, config.prune.depth_criterion
+        kept = select(importance, entry.candidate.shape, width=width, depth=depth)
+        spill = run_dir / ".search-spill"
+        try:
+            with building_folder(folder) as building:
+                cut(config, run_dir, info, importance, kept, building, spill)
+        finally:
+            shutil.rmtree(spill, ignore_errors=True)
+    return folder
 
-    With another depth criterion than block influence the layers' part is its measured damage; the other parts are
-    then scaled by the damage per block influence of the first removed layer (the smallest disturbance, where damage
-    is proportional to lost energy).
+
+def _trained(
+    config: CompressConfig, run_dir: Path, teacher: Teacher, student: Path, entry: Entry, num_tokens: int, what: str
+) -> PreTrainedModel | None:
+    """The candidate after `num_tokens`, going on from its last round: warm-up, then a constant rate.
+
+    None when its loss or gradient stopped being finite.
     """
-    scores, removals = importance.width(width), importance.depth(depth)
-    influence_L = importance.block_influence_L.double().clamp(min=0)
-    scale = 1.0
-    if removals.removed:
-        scale = max(removals.cost[0], 1e-12) / max(float(influence_L[removals.removed[0][0]]), 1e-12)
-    hidden_kept = _kept_share(scores["hidden"])
-    units_kept = {axis: _kept_share(scores[axis]) for axis in ("intermediate", "experts", "expert_intermediate")
-                  if axis in scores}  # fmt: skip
-    heads_lost: dict[tuple[int, int], Tensor] = {}
-    candidates = []
-    for shape, count in shapes:
-        number = teacher.num_hidden_layers - shape.num_hidden_layers
-        assert number <= len(removals.removed), "enumerated past the depth criterion's reach"
-        key = shape.num_attention_heads, shape.num_key_value_heads
-        if key not in heads_lost:
-            heads_lost[key] = _heads_lost(scores, teacher, *key)
-        stays_L = torch.ones(teacher.num_hidden_layers, dtype=torch.bool)
-        stays_L[removals.of(number)] = False
-        kept_influence = influence_L[stays_L]
-        hidden_lost = 1 - float(hidden_kept[shape.hidden_size - 1])
-        if shape.num_experts:
-            inside_L = units_kept["expert_intermediate"][..., shape.moe_intermediate_size - 1].mean(1)
-            mlp_lost_L = 1 - units_kept["experts"][:, shape.num_experts - 1] * inside_L
-        else:
-            mlp_lost_L = 1 - units_kept["intermediate"][:, shape.intermediate_size - 1]
-        parts = {
-            "layers": removals.cost[number - 1] if number else 0.0,
-            "hidden": scale * (1 - (1 - hidden_lost) ** 0.5 + hidden_lost * float(kept_influence.sum())),
-            "intermediate": scale * float((kept_influence * mlp_lost_L[stays_L]).sum()) / 2,
-            "heads": scale * float((kept_influence * heads_lost[key][stays_L]).sum()) / 2,
-        }
-        candidates.append(Candidate(shape, count, sum(parts.values()), parts))
-    return sorted(candidates, key=lambda c: (c.damage, -c.num_parameters))
+    settings, trust = config.distill, config.teacher.trust_remote_code
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    batch_size, folder = settings.global_batch_size, run_dir / "search" / "training" / entry.name
+    tokens_per_step = batch_size * data.sequence_length
+    stop = num_tokens // tokens_per_step
+    order = _order(config, data, stop)
+    torch.manual_seed(config.seed)
+    with single_process_mesh() as mesh:
+        model = load_model(student, torch.float32, trust)
+        module = StudentModule(model, settings.temperature).train()
+        shard(module, decoder_layers(model), mesh, teacher.model.dtype)
+        optimizer = LocalOptimizer(
+            module.named_parameters(),
+            muon=settings.optimizer is Optimizer.muon,
+            learning_rate=settings.learning_rate,
+            muon_learning_rate=settings.muon_learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+
+        def state() -> dict[str, Tensor]:
+            weights = {f"model/{name}": p for name, p in module.named_parameters()}
+            return {**weights, **{f"optimizer/{key}": value for key, value in optimizer.state().items()}}
+
+        found = checkpoint.newest(folder)
+        start = 0
+        if found is not None:
+            checkpoint.load(found[0], state(), restore_rng=True)
+            start = int(found[1]["step"])
+        for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
+            indices = order.indices(step * batch_size, (step + 1) * batch_size)
+            size = settings.micro_batch_size
+            micro_batches = (data.batch(indices[i : i + size]) for i in range(0, len(indices), size))
+            loss, _ = accumulate_gradients(module, teacher, micro_batches)
+            factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+            if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
+                return None
+        checkpoint.save(folder, stop, state(), {"tokens": num_tokens}, keep=1)
+    plain = load_model(student, torch.float32, trust)
+    checkpoint.load(
+        folder / f"step_{stop:08d}", {f"model/model.{name}": p.data for name, p in plain.named_parameters()}
+    )
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(teacher.model.dtype)
+    return plain
 
 
-def _kept_share(scores: Tensor) -> Tensor:
-    """Along the last dimension, at n - 1: the share of squared importance that the n best units hold."""
-    energy = scores.double().square().sort(dim=-1, descending=True).values.cumsum(-1)
-    return (energy / energy[..., -1:].clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
+@torch.no_grad()
+def _divergence(model: PreTrainedModel, teacher: Teacher, batches: Iterable[TokenBatch]) -> list[float]:
+    """KL(teacher || model) of each batch, in nats, summed over its loss tokens."""
+    head, result = output_head(model), []
+    for batch in batches:
+        signal = teacher.signal(batch)
+        loss = distillation_loss(
+            trunk(model, batch)[batch.loss_mask],
+            head.weight_VD,
+            signal.hidden_NE,
+            signal.head.weight_VD,
+            student_softcap=head.softcap,
+            teacher_softcap=signal.head.softcap,
+        )
+        result.append(loss.item())
+    return result
 
 
-def _heads_lost(scores: Widths, teacher: Shape, heads: int, groups: int) -> Tensor:
-    """The share of squared query-head importance that is lost in each of the teacher's layers; (L,)."""
-    kept_LH = select_heads(scores, groups, heads // groups)[1]
-    energy_LH = scores["query_heads"].double().square()
-    total_L = energy_LH.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-    return (1 - energy_LH.gather(1, kept_LH).sum(1) / total_L).clamp(min=0)
+def _save_winner(config: CompressConfig, info: ModelInfo, folder: Path, name: str) -> None:
+    """The trained winner as a Hugging Face folder, in float32, so that distill goes on from exactly these weights."""
+    trust = config.teacher.trust_remote_code
+    found = checkpoint.newest(folder / "training" / name)
+    assert found is not None, name
+    model = load_model(folder / "candidates" / name, torch.float32, trust)
+    checkpoint.load(found[0], {f"model/model.{n}": p.data for n, p in model.named_parameters()})
+    model.config.dtype = torch.float32
+    with building_folder(folder / "winner") as building:
+        model.save_pretrained(building)
+        copy_companions(info.folder, building, trust)
+        open_permissions(building)
+
+
+# -- what it found
+
+
+def _log_round(done: Round) -> None:
+    order = done.order()
+    kl = dict(zip(done.names, done.kl_C.tolist(), strict=True))
+    log.info("after %d tokens: %s", done.num_tokens, ", ".join(f"{name} {kl[name]:.4f}" for name in order))
+
+
+def _report(
+    config: CompressConfig,
+    info: ModelInfo,
+    folder: Path,
+    entries: Mapping[str, Entry],
+    rounds: Sequence[Round],
+    winner: str,
+) -> dict[str, Any]:
+    speeds = read_json(folder / SPEEDS) if (folder / SPEEDS).exists() else {}
+    predicted = [entry.candidate.damage for entry in entries.values()]
+    shape = entries[winner].candidate.shape
+    return {
+        "budget": budget(config),
+        "judge": config.search.judge or set_name(config.data.validation[0]),
+        "num_sequences": len(rounds[0].tokens_S),
+        "num_judged_tokens": int(rounds[0].tokens_S.sum()),
+        "candidates": [
+            {
+                "name": name,
+                "sizes": {size: getattr(entry.candidate.shape, size) for size in PRUNABLE},
+                "num_parameters": entry.candidate.num_parameters,
+                "predicted_damage": entry.candidate.damage,
+                "tokens_per_second": speeds.get(name),
+            }
+            for name, entry in entries.items()
+        ],
+        "rounds": [
+            {
+                "num_tokens": done.num_tokens,
+                "kl": {n: v if math.isfinite(v) else None for n, v in zip(done.names, done.kl_C.tolist(), strict=True)},
+                "win_share": dict(zip(done.names, done.win_shares(config.seed), strict=True)),
+            }
+            for done in rounds
+        ],
+        # How far each ranking foretold the next one, among those that are in both.
+        "rank_correlation": {
+            "prediction to untrained": rank_correlation(predicted, rounds[0].kl_C.tolist()),
+            **{
+                f"{one.num_tokens} to {two.num_tokens} tokens": rank_correlation(
+                    [float(one.kl_C[one.names.index(name)]) for name in two.names], two.kl_C.tolist()
+                )
+                for one, two in itertools.pairwise(rounds)
+            },
+        },
+        "winner": {"name": winner, "sizes": {size: getattr(shape, size) for size in PRUNABLE}},
+    }
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """One row a candidate, one column a round: KL to the teacher, and how sure it is that this one is the best."""
+    result = Table(
+        title=f"search on {report['judge']}: KL to the teacher, nats/token (share of resamples that it wins)",
+        title_justify="left",
+    )
+    for column in ("candidate", "parameters", "predicted", *(_tokens(r["num_tokens"]) for r in report["rounds"])):
+        result.add_column(column, justify="left" if column == "candidate" else "right")
+    last = {row["name"]: [r["kl"].get(row["name"]) for r in report["rounds"]] for row in report["candidates"]}
+
+    def standing(row: Mapping[str, Any]) -> tuple[int, float]:
+        figures = [kl for kl in last[row["name"]] if kl is not None]
+        return -len(figures), figures[-1] if figures else math.inf
+
+    for row in sorted(report["candidates"], key=standing):
+        cells = []
+        for kl, done in zip(last[row["name"]], report["rounds"], strict=True):
+            cells.append("-" if kl is None else f"{kl:.4f} ({done['win_share'][row['name']]:.0%})")
+        mark = " *" if row["name"] == report["winner"]["name"] else ""
+        result.add_row(row["name"] + mark, f"{row['num_parameters']:,}", f"{row['predicted_damage']:.4f}", *cells)
+    found = ", ".join(f"{name} {value:.2f}" for name, value in report["rank_correlation"].items())
+    result.caption = f"rank correlation: {found}"
+    return result
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "untrained"

@@ -236,6 +236,11 @@ def slice_checkpoint(
     return shape
 
 
+def num_stored_bytes(info: ModelInfo) -> int:
+    """Of the teacher's weights as they are stored."""
+    return sum(prod(tensor.shape) * _ITEM_BYTES[tensor.dtype] for tensor in info.tensors.values())
+
+
 def largest_layer_bytes(info: ModelInfo) -> int:
     """Of the teacher as it is stored: the size of a shard for a student that is made a layer at a time."""
     sizes: dict[int, int] = {}

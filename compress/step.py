@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from compress.artifacts import fingerprint, open_tensors, save_tensors
 from compress.families import family_of_config
 from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
@@ -80,6 +82,22 @@ class Teacher:
     def signal(self, batch: TokenBatch) -> TeacherSignal:
         """The trunk's forward without the head; the head runs chunk by chunk inside the objective."""
         return TeacherSignal(trunk(self.model, batch)[batch.loss_mask], output_head(self.model))
+
+
+class RecordedTeacher(Teacher):
+    """A teacher whose signals are kept in files, so that several students on the same micro-batches share one pass."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        super().__init__(model)
+        self.folder = folder
+
+    def signal(self, batch: TokenBatch) -> TeacherSignal:
+        """What `Teacher.signal` says, from the file of this very micro-batch where there is one."""
+        batch_key = fingerprint([getattr(batch, name).tolist() for name in ("input_ids", "position_ids", "loss_mask")])
+        path = self.folder / f"{batch_key}.safetensors"
+        if not path.exists():
+            save_tensors(path, {"hidden": super().signal(batch).hidden_NE})
+        return TeacherSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
 
 
 class StudentModule(nn.Module):

@@ -16,7 +16,7 @@ import pytest
 from conftest import REPOSITORY, environment
 from hydra import compose, initialize_config_dir
 
-from compress.config import CompressConfig, Stage, conf_dir, load_config, set_name, to_config
+from compress.config import CompressConfig, Size, Stage, conf_dir, load_config, set_name, to_config
 from compress.errors import ConfigError
 
 
@@ -46,6 +46,9 @@ def test_a_wrong_type_is_answered_with_the_key_its_value_and_the_type(hint: Any,
         assert f"{key}=[1, 2] must be text" in message("recipe=tiny", f"{key}=[1,2]")
         return
     found = message("recipe=tiny", f"{key}=wrong")
+    if hint in (Size, Size | None):
+        assert found == f"{key}=wrong must be a number, such as 8e9, 8B or 80GiB"
+        return
     assert found.startswith(f"{key}=wrong must be "), found
     if isinstance(plain, type) and issubclass(plain, StrEnum):
         assert all(choice in found for choice in plain)
@@ -130,7 +133,7 @@ def test_a_missing_recipe_or_setting_lists_what_there_is() -> None:
         assert "tiny" in found
         assert "--config-dir DIR" in found
     assert "did you mean tiny" in message("recipe=tinny")
-    assert "cluster=cloud: no such cluster; there are local" in message("cluster=cloud", "recipe=tiny")
+    assert "cluster=cloud: no such cluster; there are h100, local" in message("cluster=cloud", "recipe=tiny")
 
 
 def test_a_folder_of_ones_own_recipes_is_searched_beside_ours(tmp_path: Path) -> None:
@@ -223,3 +226,22 @@ def test_the_wheel_holds_its_own_conf_and_nothing_else_is_needed(tmp_path: Path)
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert process.stdout.split() == [str(site / "compress" / "conf"), "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("8B", 8e9), ("1.5m", 1.5e6), ("100M", 1e8), ("64k", 64e3), ("2T", 2e12), ("80GiB", 80 * 2**30), ("80 gb", 80e9),
+     ("512MiB", 2**29), ("3e8", 3e8), ("1e2K", 1e5), ("300000000", 3e8), (".5G", 5e8)],
+)  # fmt: skip
+def test_sizes_are_written_as_people_write_them(written: str, meant: float) -> None:
+    assert load_config("recipe=tiny", f"prune.max_parameters='{written}'").prune.max_parameters == meant
+    assert load_config("recipe=tiny", f"distill.num_tokens='{written}'").distill.num_tokens == meant
+    rounds = f"rounds=[{{prune: {{num_hidden_layers: 3}}, num_tokens: '{written}'}}]"
+    found = load_config("recipe=tiny", "prune.num_hidden_layers=null", "prune.intermediate_size=null", rounds)
+    assert found.rounds[0].num_tokens == meant
+
+
+@pytest.mark.parametrize("written", ["8X", "B", "8 B B", "1..5G", "0x10", "8iB"])
+def test_what_is_no_size_is_refused(written: str) -> None:
+    said = f"prune.max_parameters={written} must be a number, such as 8e9, 8B or 80GiB"
+    assert said in message("recipe=tiny", f"prune.max_parameters='{written}'")

@@ -13,6 +13,7 @@ from typing import get_type_hints
 import pytest
 from conftest import FAST, Run
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from compress import checkpoint, pipeline
 from compress.artifacts import fingerprint_path, run_lock
@@ -21,6 +22,7 @@ from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.pipeline import STAGES
 
+RUN = [stage for stage in STAGES if stage is not Stage.search]  # which runs with search.num_candidates
 FOLDERS = ["tokens", "score", "prune", "distill", "export", "evaluate"]
 
 
@@ -47,7 +49,7 @@ def test_a_first_run_makes_every_stage_and_a_second_skips_every_one(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
-    assert started(caplog.text) == [str(stage) for stage in STAGES]
+    assert started(caplog.text) == [str(stage) for stage in RUN]
     assert re.search(r"will run tokenize, score, prune, distill, export, evaluate: about \d+ (s|min)", caplog.text)
     first_work = caplog.text.index("tokenize: starting")
     assert caplog.text.index("will run") < first_work, "what will run is said before it runs"
@@ -62,7 +64,7 @@ def test_a_first_run_makes_every_stage_and_a_second_skips_every_one(
     before = fingerprint_path(tmp_path / "run")
     caplog.clear()
     run()
-    assert skipped(caplog.text) == [str(stage) for stage in STAGES]
+    assert skipped(caplog.text) == [str(stage) for stage in RUN]
     assert not started(caplog.text)
     assert "gap closed" in capsys.readouterr().out
     assert fingerprint_path(tmp_path / "run") == before, "skipping writes nothing"
@@ -77,8 +79,15 @@ OUTSIDE = {
     "distill.checkpoint_steps": "3",
     "distill.keep_checkpoints": "1",
     "distill.log_steps": "4",
+    "distill.recompute": "true",
     "evaluate.micro_batch_size": "1",
     "threads": "2",
+    "cluster.num_nodes": "2",
+    "cluster.gpus_per_node": "8",
+    "cluster.memory_bytes": "80GiB",
+    "cluster.peak_flops": "989e12",
+    "cluster.efficiency": "0.3",
+    "cluster.price_per_gpu_hour": "2.5",
 }  # fmt: skip
 
 
@@ -86,7 +95,7 @@ def test_what_changes_only_speed_memory_or_logging_still_skips(
     run: Run, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(*(f"{key}={value}" for key, value in OUTSIDE.items()))
-    assert skipped(caplog.text) == [str(stage) for stage in STAGES]
+    assert skipped(caplog.text) == [str(stage) for stage in RUN]
 
 
 def settings_of(node: type = CompressConfig, prefix: str = "") -> Iterator[str]:
@@ -100,7 +109,7 @@ def settings_of(node: type = CompressConfig, prefix: str = "") -> Iterator[str]:
 def test_every_setting_is_in_a_fingerprint_or_among_those_that_change_no_result() -> None:
     read = {key for entry in STAGES.values() for key in entry.reads}
     by_content = {"teacher.path", "teacher.revision", "teacher.trust_remote_code", "architecture.table"}
-    outside = {*OUTSIDE, *by_content, "name", "run_dir", "cache_dir", "stage"}
+    outside = {*OUTSIDE, *by_content, "name", "run_dir", "cache_dir", "stage", "until", "rounds", "round"}
     for key in settings_of():
         inside = key in read or key.split(".")[0] in read
         assert inside != (key in outside), f"{key} must be in one of StageEntry.reads, or in OUTSIDE here"
@@ -318,7 +327,7 @@ def test_status_before_during_and_after(
     capsys.readouterr()
     run("stage=status", f"run_dir={tmp_path / 'new'}")
     found = states(capsys.readouterr().out)
-    assert [found[stage] for stage in STAGES] == ["not started"] * 6
+    assert [found[stage] for stage in RUN] == ["not started"] * 6
     assert not (tmp_path / "new").exists(), "status reads only"
 
     (half_trained / "distill" / "error.json").write_text(json.dumps({"error": "SIGTERM: saved", "time": 0}))
@@ -326,7 +335,7 @@ def test_status_before_during_and_after(
     run("stage=status")
     text = capsys.readouterr().out
     found = states(text)
-    assert [found[stage] for stage in STAGES] == ["done", "done", "done", "begun", "not started", "not started"]
+    assert [found[stage] for stage in RUN] == ["done", "done", "done", "begun", "not started", "not started"]
     assert re.search(
         r"step 5 of 8, loss \d\.\d+, about \d s left; kept steps: 2, 4; last error: SIGTERM: saved",
         " ".join(text.split()),
@@ -336,7 +345,7 @@ def test_status_before_during_and_after(
 
     run("stage=status", f"run_dir={finished_source}")
     found = states(capsys.readouterr().out)
-    assert [found[stage] for stage in STAGES] == ["done"] * 6
+    assert [found[stage] for stage in RUN] == ["done"] * 6
 
 
 def test_the_fingerprint_is_of_contents_not_of_places(cache: Path, finished: Path, tmp_path: Path, run: Run) -> None:
@@ -348,7 +357,8 @@ def test_the_fingerprint_is_of_contents_not_of_places(cache: Path, finished: Pat
     for source in [*config.data.train, *config.data.calibration, *config.data.validation]:
         source.name, source.path = set_name(source), str(resolve(source.path, moved))
     assert pipeline.expectations(config) == expected, "nor does it count how a file is named in the settings"
-    for stage, entry in STAGES.items():
+    for stage in RUN:
+        entry = STAGES[stage]
         manifest = json.loads((elsewhere / entry.folder(config) / "manifest.json").read_text())
         assert manifest["fingerprint"] == expected[stage]["fingerprint"]
 
@@ -464,10 +474,34 @@ def test_the_estimate_grows_with_the_work(cache: Path) -> None:
     from compress.estimate import estimate_seconds
 
     def seconds(*overrides: str) -> dict[Stage, float]:
-        return estimate_seconds(load_config(*FAST, f"cache_dir={cache}", *overrides), list(STAGES))
+        return estimate_seconds(load_config(*FAST, f"cache_dir={cache}", *overrides), RUN)
 
     small, large = seconds(), seconds("distill.num_tokens=4e9", "score.num_sequences=1000000")
-    assert set(small) == set(STAGES)
+    assert set(small) == set(RUN)
     assert large[Stage.distill] > 100 * small[Stage.distill]
     assert large[Stage.score] > 10 * small[Stage.score]
     assert 0 < small[Stage.export] < 60
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "gemma3"])
+def test_one_line_prunes_a_folder_of_another_family_to_a_budget(
+    variant: str, cache: Path, teacher_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """recipe=prune with a folder and a budget; only the text is a toy here."""
+    from families import make_model, save_model
+
+    folder = save_model(tmp_path / "inhouse", make_model(variant, vocab_size=512))
+    for file in teacher_source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    toy = ("train", "calibration", "validation")
+    text = [f"data.{split}=[{{path: 'embedded:tiny-{split}'}}]" for split in toy]
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    few = ("score.num_sequences=8", "prune.compensate_sequences=8", "shape.multiple_of=4")
+    line = ("recipe=prune", f"teacher.path={folder}", f"prune.max_parameters={int(0.8 * total)}")
+    pipeline.run(load_config(*line, *FAST[1:5], *text, *few, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"))
+    assert f"pruned, untrained:  {tmp_path / 'run' / 'prune'}" in capsys.readouterr().out
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "prune")
+    assert 0.7 * total <= sum(p.numel() for p in student.parameters()) <= 0.8 * total
+    assert not (tmp_path / "run" / "distill").exists()
+    with pytest.raises(ConfigError, match="until=all is no stage to stop after"):
+        load_config(*FAST, "until=all")

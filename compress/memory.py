@@ -1,0 +1,130 @@
+"""What a distillation step holds in memory, by arithmetic: on each rank, part by part, at the moments when it is most.
+
+Weights, moments, gradients and gathered copies follow from the axis table. What autograd keeps of a layer is counted on
+fake tensors, which have sizes and no data, so that it is right for every family. No weights are read.
+"""
+
+# B sequences of a micro-batch, T tokens, N loss tokens, C tokens of the head's chunk, V vocabulary, D student hidden
+# E teacher hidden; P parameters
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
+from compress.families import Shape
+from compress.objectives import CHUNK_TOKENS
+
+MASTER_BYTES, MOMENT_BYTES = 4, 8  # a parameter: float32 weight, AdamW's two moments
+GRADIENT_BYTES = 4  # reduced in float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread: `num_ranks` share every parameter by FSDP2; a micro-batch is one rank's."""
+
+    num_ranks: int
+    micro_batch_size: int
+    sequence_length: int
+    recompute: bool = False  # a layer keeps its input alone and is run again in the backward
+    compute_bytes: int = 2
+    on_cpu: bool = False
+
+
+def saved_bytes(info: ModelInfo, shape: Shape, micro_batch_size: int, sequence_length: int) -> int:
+    """What autograd keeps of one decoder layer in a training forward, in bytes; the mean over the kinds of layers."""
+    few = {1: 0, 3: 0}
+    for layers in few:
+        tiny = replace(shape, num_hidden_layers=layers)
+        config = parse_config(student_config(info.config, info.family, tiny, range(layers)), "the student's config")
+        config.vocab_size, config.pad_token_id = 8, None
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+            own = {p.untyped_storage()._cdata for p in model.parameters()}
+            kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+            def keep(
+                tensor: torch.Tensor, own: set[int] = own, kept: dict[int, tuple[int, torch.Tensor]] = kept
+            ) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    kept[storage._cdata] = storage.nbytes(), tensor
+                return tensor
+
+            ids_BT = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model.base_model(input_ids=ids_BT, use_cache=False)
+            few[layers] = sum(size for size, _ in kept.values())
+    return (few[3] - few[1]) // 2
+
+
+def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str, dict[str, int]]:
+    """Bytes of one rank at each moment of a step, part by part; the largest total is what the rank needs.
+
+    The activations are those of a training forward in bfloat16; allocator overhead and library workspaces aren't in it.
+    """
+    ranks, item = layout.num_ranks, layout.compute_bytes
+    whole, layer, root = _split(teacher, student)
+    teacher_whole, teacher_layer, teacher_root = _split(teacher, teacher.shape)
+    tokens = layout.micro_batch_size * layout.sequence_length
+    vocabulary, hidden = student.vocab_size, student.hidden_size
+    saved = saved_bytes(teacher, student, layout.micro_batch_size, layout.sequence_length)
+    states = {
+        "student: float32 weights": MASTER_BYTES * whole // ranks,
+        "student: AdamW's moments": MOMENT_BYTES * whole // ranks,
+        "teacher: weights": item * teacher_whole // ranks,
+    }
+    gradients = {"student: float32 gradients": GRADIENT_BYTES * whole // ranks}
+    if ranks == 1:  # every unit keeps what its forward made of it until its backward is done
+        gathered = {"student: weights in the compute dtype": item * whole}
+    else:  # the roots (embedding, last norm, head) stay, layers come and go
+        gathered = {
+            "gathered: embedding and head of both": item * (root + teacher_root),
+            "gathered: a layer": item * layer,
+        }
+    roots = item * (root + (teacher_root if ranks > 1 else 0))
+    kept = {"gathered: embedding and head": roots}
+    if layout.recompute:
+        activations = {"activations: inputs of the layers": student.num_hidden_layers * tokens * hidden * item}
+        running = {"activations: the layer being run": saved}
+    else:
+        activations, running = {"activations": student.num_hidden_layers * saved}, {}
+    ends = {
+        "final hidden states": tokens * (2 * item * hidden + 4 * hidden + item * teacher.shape.hidden_size),
+    }
+    chunk = min(CHUNK_TOKENS, tokens)
+    head = vocabulary * hidden
+    several = tokens > chunk
+    loss = {
+        "loss: logits of a chunk": (3 if several else 2) * chunk * vocabulary * item,
+        "loss: softmax in float32": (0 if layout.on_cpu else 3 * chunk * vocabulary * 4),
+        "loss: gradient of the head": head * (2 * item + 4 if several else item),
+        "loss: gradient of the hidden states": tokens * hidden * item,
+    }
+    backward = {
+        "gradients: the head's": head * item,
+        "gradients: a layer's, and being reduced": layer * (item + 2 * GRADIENT_BYTES),
+        "gathered: a layer ahead": item * layer if ranks > 1 else 0,
+    }
+    reduced = {"gradients: embedding and head, being reduced": root * (item + GRADIENT_BYTES)}
+    return {
+        "the teacher's forward": {
+            **states,
+            "gathered: the teacher's": item * (teacher_root + 2 * teacher_layer) if ranks > 1 else 0,
+        },
+        "the loss": {**states, **gathered, **activations, **ends, **loss},
+        "the last layer's backward": {**states, **gathered, **activations, **running, **ends, **backward},
+        "the end of the backward": {**states, **gradients, **kept, **reduced},
+    }
+
+
+def _split(info: ModelInfo, shape: Shape) -> tuple[int, int, int]:
+    """Parameters of all, of one layer, and of what is outside the layers."""
+    whole = num_parameters(info, shape)
+    one = num_parameters(info, replace(shape, num_hidden_layers=1))
+    layer = (whole - one) // max(1, shape.num_hidden_layers - 1)
+    return whole, layer, whole - shape.num_hidden_layers * layer

@@ -1,0 +1,290 @@
+"""stage=plan: what a compression takes, from config.json alone: parameters, memory, work, time, money, disk.
+
+No weights are read and nothing is written. Memory: `memory.py`. Work: 2 FLOP a parameter and token forward, 6 to train,
+and the products of causal attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from compress.architecture import (
+    ModelInfo,
+    key_value_cache_bytes,
+    num_active_parameters,
+    num_embedding_parameters,
+    num_parameters,
+)
+from compress.config import CompressConfig, ComputeDtype, Optimizer
+from compress.errors import ConfigError
+from compress.estimate import STEP_EFFICIENCY, flops_per_second
+from compress.families import PRUNABLE, Shape
+from compress.folders import read_config
+from compress.inputs import teacher_of
+from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
+from compress.parallel import available_bytes, resolve_dtype
+from compress.progress import about
+from compress.shapes import enumerate_shapes
+from compress.targets import budget, cut_info, given_shape, grid_of
+
+HEADROOM = 0.9  # of a GPU's memory that a step may take: the rest is the allocator's, the kernels' and the driver's
+CPU_HEADROOM = 0.75  # the C library keeps freed memory: benchmarks/plan.py
+TOKEN_BYTES = 6  # a token on disk: its id, and two marks
+TIME_MARGIN = 1.25  # of Slurm's limit over the estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one config; sizes in bytes, work in FLOP, time in seconds."""
+
+    teacher: ModelInfo
+    student: Shape
+    layout: Layout
+    memory: dict[str, dict[str, int]]
+    memory_limit: int
+    flops_per_token: float
+    seconds: float
+    disk: dict[str, int]
+    num_gpus: int
+
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The moment at which a rank holds most, and how much."""
+        moment = max(self.memory, key=lambda name: sum(self.memory[name].values()))
+        return moment, sum(self.memory[moment].values())
+
+
+def run(config: CompressConfig) -> Iterator[Table]:
+    """The tables of the plan. Raises ConfigError for what can't fit, saying what would."""
+    made = make_plan(config)
+    yield from (_models(config, made), _memory(config, made), _work(config, made))
+
+
+def run_rounds(configs: Sequence[CompressConfig]) -> Iterator[Table]:
+    """The tables of each round, which prunes what the one before was planned to leave."""
+    source: ModelInfo | None = None
+    for config in configs:
+        made = make_plan(config, source)
+        source = cut_info(made.teacher, made.student)
+        yield from (_models(config, made), _memory(config, made), _work(config, made))
+
+
+def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
+    """Reckon with config.json alone. Raises ConfigError for a shape, a budget or a layout that can't be.
+
+    `source`: what is pruned where it isn't there yet; None = prune.source or the teacher.
+    """
+    trust = config.teacher.trust_remote_code
+    teacher = read_config(teacher_of(config, config_only=True), trust)
+    if source is None:
+        source = read_config(Path(config.prune.source).expanduser(), trust) if config.prune.source else teacher
+    if config.distill.init_from:
+        student = read_config(Path(config.distill.init_from).expanduser(), trust).shape
+    else:
+        student = _student(config, source)
+    cluster, num_gpus = config.cluster, config.cluster.num_nodes * config.cluster.gpus_per_node
+    if config.distill.global_batch_size % (max(1, num_gpus) * config.distill.micro_batch_size):
+        raise ConfigError(
+            f"distill.global_batch_size={config.distill.global_batch_size} is no multiple of {max(1, num_gpus)} ranks "
+            f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
+        )
+    layout = Layout(
+        num_ranks=max(1, num_gpus),
+        micro_batch_size=config.distill.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        recompute=config.distill.recompute,
+        compute_bytes=_item_bytes(config, num_gpus),
+        on_cpu=not num_gpus,
+    )
+    if cluster.memory_bytes is not None:
+        limit = int(cluster.memory_bytes)
+    elif not num_gpus:
+        limit = available_bytes()
+    else:
+        raise ConfigError(f"cluster.memory_bytes must be set for {num_gpus} GPUs, such as 80GiB")
+    memory = step_memory(teacher, student, layout)
+    flops = flops_per_token(teacher, student, config.data.sequence_length, config.distill.recompute)
+    made = Plan(
+        teacher, student, layout, memory, limit, flops, flops * config.distill.num_tokens / _speed(config, num_gpus),
+        _disk(config, teacher, student), num_gpus,
+    )  # fmt: skip
+    _check_fits(config, made)
+    return made
+
+
+def _student(config: CompressConfig, teacher: ModelInfo) -> Shape:
+    if not budget(config):
+        return given_shape(config, teacher)
+    grid = grid_of(config, teacher)
+    if not grid.limits:
+        raise ConfigError(
+            "stage=plan can't tell what prune.min_tokens_per_second leaves before it is measured; give "
+            "prune.max_parameters"
+        )
+    return max(enumerate_shapes(teacher, grid), key=lambda found: (found[1], found[0].num_hidden_layers))[0]
+
+
+def _item_bytes(config: CompressConfig, num_gpus: int) -> int:
+    if config.compute_dtype is ComputeDtype.auto and num_gpus:
+        return 2
+    return resolve_dtype(config.compute_dtype).itemsize
+
+
+def _speed(config: CompressConfig, num_gpus: int) -> float:
+    """FLOP a second of the whole machine in a training step."""
+    cluster = config.cluster
+    if cluster.peak_flops is not None:
+        return cluster.peak_flops * cluster.efficiency * max(1, num_gpus)
+    if num_gpus:
+        raise ConfigError("cluster.peak_flops must be set for GPUs, such as 989e12 for an H100 in bfloat16")
+    return flops_per_second(resolve_dtype(config.compute_dtype)) * STEP_EFFICIENCY
+
+
+def flops_per_token(teacher: ModelInfo, student: Shape, sequence_length: int, recompute: bool) -> float:
+    """Of the teacher's forward and the student's forward and backward, for a token of a full sequence."""
+    return _forward(teacher, teacher.shape, sequence_length) + (4 if recompute else 3) * _forward(
+        teacher, student, sequence_length
+    )
+
+
+def _forward(info: ModelInfo, shape: Shape, sequence_length: int) -> float:
+    """2 FLOP a parameter that multiplies the token, and two products over half of the sequence in each layer."""
+    looked_up = 0 if shape.tied else num_embedding_parameters(info, shape) // 2
+    attention = 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+    return 2.0 * (num_active_parameters(info, shape) - looked_up) + attention
+
+
+def _disk(config: CompressConfig, teacher: ModelInfo, student: Shape) -> dict[str, int]:
+    count = num_parameters(teacher, student)
+    moments = MOMENT_BYTES if config.distill.optimizer is Optimizer.adamw else MOMENT_BYTES // 2
+    item = 4 if config.export.dtype is ComputeDtype.float32 else 2
+    # While one is written the ones to be kept are still there.
+    checkpoints = (config.distill.keep_checkpoints + 1) * count * (MASTER_BYTES + moments)
+    return {
+        "tokens, at most those to train on": int(config.distill.num_tokens) * TOKEN_BYTES,
+        "the untrained student and the export": 2 * item * count,
+        f"checkpoints, {config.distill.keep_checkpoints} and the one being written": checkpoints,
+    }
+
+
+def _check_fits(config: CompressConfig, made: Plan) -> None:
+    """Raise ConfigError where a step needs more than there is, with the nearest settings that would fit."""
+    usable = int(made.memory_limit * (HEADROOM if made.num_gpus else CPU_HEADROOM))
+    moment, needed = made.peak
+    if needed <= usable:
+        return
+    where = f"each of {made.num_gpus} GPUs" if made.num_gpus else "this machine"
+    share = f"{usable / made.memory_limit:.0%} of {_gib(made.memory_limit)}"
+    fits = [text for text, layout in _alternatives(config, made) if _peak(made, layout) <= usable]
+    raise ConfigError(
+        f"distill needs {_gib(needed)} on {where} at {moment}, and {share} are there to be used"
+        + (f"; it would fit with {' or with '.join(fits)}" if fits else "; not even these would fit: more nodes, "
+           "distill.recompute=true, distill.micro_batch_size=1; choose a smaller student or shorter sequences")
+    )  # fmt: skip
+
+
+def _alternatives(config: CompressConfig, made: Plan) -> Iterator[tuple[str, Layout]]:
+    layout = made.layout
+    if layout.micro_batch_size > 1:
+        yield "distill.micro_batch_size=1", replace(layout, micro_batch_size=1)
+    if not layout.recompute:
+        yield "distill.recompute=true", replace(layout, recompute=True)
+        if layout.micro_batch_size > 1:
+            yield (
+                "distill.recompute=true distill.micro_batch_size=1",
+                replace(layout, recompute=True, micro_batch_size=1),
+            )
+    if made.num_gpus:
+        for factor in (2, 4, 8, 16):
+            nodes, ranks = config.cluster.num_nodes * factor, layout.num_ranks * factor
+            if config.distill.global_batch_size % (ranks * layout.micro_batch_size) == 0:
+                yield f"cluster.num_nodes={nodes}", replace(layout, num_ranks=ranks)
+
+
+def _peak(made: Plan, layout: Layout) -> int:
+    return max(sum(parts.values()) for parts in step_memory(made.teacher, made.student, layout).values())
+
+
+# -- what a person sees
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"
+
+
+def _models(config: CompressConfig, made: Plan) -> Table:
+    info, shapes = made.teacher, (made.teacher.shape, made.student)
+    result = Table(title=f"plan of {config.name}", title_justify="left")
+    for column in ("", "teacher", "student"):
+        result.add_column(column, justify="right" if column else "left")
+
+    def row(label: str, values: list[str]) -> None:
+        result.add_row(label, *values)
+
+    for name in PRUNABLE:
+        if getattr(info.shape, name):
+            row(name, [f"{getattr(shape, name):,}" for shape in shapes])
+    row("parameters", [f"{num_parameters(info, shape):,}" for shape in shapes])
+    row("  outside of embedding and head",
+        [f"{num_parameters(info, shape) - num_embedding_parameters(info, shape):,}" for shape in shapes])  # fmt: skip
+    if info.shape.num_experts:
+        row("  that a token meets", [f"{num_active_parameters(info, shape):,}" for shape in shapes])
+    row("weights in bfloat16", [_gib(2 * num_parameters(info, shape)) for shape in shapes])
+    context, count = config.shape.context_tokens, config.shape.num_contexts
+    row(f"keys and values, {count} x {context:,} tokens",
+        [_gib(key_value_cache_bytes(shape, context, count, 2)) for shape in shapes])  # fmt: skip
+    if budget(config):
+        result.caption = "the student is the largest of the budget's legal shapes; the scores choose among them"
+    return result
+
+
+def _memory(config: CompressConfig, made: Plan) -> Table:
+    moment, needed = made.peak
+    where = f"on each of {made.num_gpus} GPUs" if made.num_gpus else "on the CPU"
+    result = Table(title=f"memory of a distillation step {where}", title_justify="left")
+    result.add_column(f"at its peak, {moment}")
+    result.add_column("", justify="right")
+    for part, size in sorted(made.memory[moment].items(), key=lambda item: -item[1]):
+        if size >= 2**20:
+            result.add_row(part, _gib(size))
+    result.add_section()
+    result.add_row("in all", _gib(needed))
+    result.add_row("there is", _gib(made.memory_limit))
+    return result
+
+
+def _work(config: CompressConfig, made: Plan) -> Table:
+    cluster, tokens = config.cluster, config.distill.num_tokens
+    result = Table(title="work, time and disk", title_justify="left")
+    result.add_column("")
+    result.add_column("", justify="right")
+    result.add_row("FLOP a token: teacher forward, student forward and backward", f"{made.flops_per_token:.3g}")
+    result.add_row(f"distill, {tokens:,.0f} tokens", about(made.seconds))
+    if made.num_gpus:
+        hours = made.seconds / 3600 * made.num_gpus
+        result.add_row(f"GPU-hours at {cluster.efficiency:.0%} of {cluster.peak_flops:.3g} FLOP/s", f"{hours:,.0f}")
+        if cluster.price_per_gpu_hour is not None:
+            result.add_row(
+                f"money at {cluster.price_per_gpu_hour:g} a GPU-hour", f"{hours * cluster.price_per_gpu_hour:,.0f}"
+            )
+    result.add_section()
+    for part, size in made.disk.items():
+        result.add_row(f"disk: {part}", _gib(size))
+    result.add_row("disk in all", _gib(sum(made.disk.values())))
+    if made.num_gpus:
+        result.add_section()
+        result.add_row("Slurm's request", slurm_request(config, made.seconds))
+    return result
+
+
+def slurm_request(config: CompressConfig, seconds: float) -> str:
+    """Options of sbatch for the whole training in one job, a quarter of the time added; longer ones are requeued."""
+    minutes = max(10, int(seconds * TIME_MARGIN / 60) + 1)
+    days, rest = divmod(minutes, 24 * 60)
+    time = f"{days}-{rest // 60:02d}:{rest % 60:02d}:00" if days else f"{rest // 60:02d}:{rest % 60:02d}:00"
+    gpus = config.cluster.gpus_per_node
+    return f"--nodes={config.cluster.num_nodes} --ntasks-per-node={gpus} --gpus-per-node={gpus} --time={time}"

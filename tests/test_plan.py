@@ -1,0 +1,190 @@
+"""The plan's figures are those of real models, of what torch's tracker sees, and of what it refuses nothing fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from families import make_model
+
+from compress import plan
+from compress.architecture import ModelInfo, num_parameters, shape_of, with_sizes
+from compress.config import load_config
+from compress.errors import ConfigError
+from compress.families import family_of
+from compress.memory import Layout, saved_bytes, step_memory
+from compress.step import trunk
+from compress.tokens import TokenBatch
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "tie_word_embeddings": False, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    """A folder with nothing but the config.json of Llama-3.1-8B."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+def planned(recipe: str, teacher: Path, *settings: str) -> plan.Plan:
+    return plan.make_plan(load_config(f"recipe={recipe}", "stage=plan", f"teacher.path={teacher}", *settings))
+
+
+def test_the_published_shapes_have_the_published_sizes(llama_8b: Path) -> None:
+    """Llama-3.1-8B has 8.03 B parameters, Minitron-4B-Width 4.51 B, Depth 4.54 B (arXiv 2408.11796, table 1)."""
+    for recipe, expected in (("llama31_8b_to_4b_width", 4.51e9), ("llama31_8b_to_4b_depth", 4.54e9)):
+        found = planned(recipe, llama_8b, "cluster=h100", "cluster.num_nodes=8", "distill.recompute=true")
+        assert num_parameters(found.teacher, found.teacher.shape) == pytest.approx(8.03e9, rel=1e-3)
+        assert num_parameters(found.teacher, found.student) == pytest.approx(expected, rel=2e-3)
+
+
+def test_work_is_that_of_a_forward_and_a_backward(llama_8b: Path) -> None:
+    """2 FLOP a parameter and token: within a few per cent at a length where attention hardly counts."""
+    short = ("cluster=h100", "cluster.num_nodes=8", "data.sequence_length=64")
+    found = planned("llama31_8b_to_4b_width", llama_8b, *short)
+    matrices = [8.03e9 - 128256 * 4096, 4.51e9 - 128256 * 3072]
+    assert found.flops_per_token == pytest.approx(2 * matrices[0] + 6 * matrices[1], rel=0.01)
+    again = planned("llama31_8b_to_4b_width", llama_8b, *short, "distill.recompute=true")
+    assert again.flops_per_token - found.flops_per_token == pytest.approx(2 * matrices[1], rel=0.01)
+    assert found.seconds == pytest.approx(94e9 * found.flops_per_token / (64 * 989e12 * 0.4))
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral"])
+def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(variant: str) -> None:
+    """Counted on real tensors of a real model, storage by storage, without the weights."""
+    model = make_model(variant)
+    config = {**model.config.to_dict(), "model_type": model.config.model_type, "pad_token_id": 90}
+    info = ModelInfo(Path("tiny"), config, family_of(config, "tiny"), shape_of(model.config), {})
+    positions_BT = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
+    every_BT = torch.ones(2, 24, dtype=torch.bool)
+    batch = TokenBatch(torch.zeros(2, 24, dtype=torch.long), positions_BT, every_BT, every_BT)
+    totals = []
+    for layers in (2, 4):
+        small = make_model(variant, num_hidden_layers=layers).to(torch.bfloat16).train()
+        own = {p.untyped_storage().data_ptr() for p in small.parameters()}
+        kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, Any] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = trunk(small, batch)
+        totals.append(sum(size for size, _ in kept.values()))
+        del output
+    real = (totals[1] - totals[0]) / 2
+    # How many tokens an expert gets is known only when it runs; everything else to the byte.
+    assert saved_bytes(info, info.shape, 2, 24) == pytest.approx(real, rel=0.1 if info.shape.num_experts else 0)
+
+
+def test_a_student_from_elsewhere_and_another_source_are_planned(
+    run: Run, finished_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("stage=plan", f"distill.init_from={finished_source / 'prune'}")
+    assert "3 │" in capsys.readouterr().out
+    open_sizes = ("prune.num_hidden_layers=2", "prune.intermediate_size=null")
+    run("stage=plan", *open_sizes, f"prune.source={finished_source / 'prune'}")
+    assert "96 │" in capsys.readouterr().out.replace(" 96  │", "96 │"), "the source's MLP, not the teacher's"
+
+
+def test_every_part_shrinks_with_what_it_is_shared_by() -> None:
+    model = make_model("llama")
+    config = {**model.config.to_dict(), "model_type": "llama"}
+    info = ModelInfo(Path("tiny"), config, family_of(config, "tiny"), shape_of(model.config), {})
+    student = with_sizes(info.shape, {"intermediate_size": 40})
+
+    def peak(**changes: Any) -> int:
+        found = step_memory(info, student, replace(Layout(4, 2, 64), **changes))
+        return max(sum(parts.values()) for parts in found.values())
+
+    assert peak(num_ranks=8) < peak() < peak(num_ranks=2)
+    assert peak(micro_batch_size=1) < peak() < peak(sequence_length=128)
+    assert peak(recompute=True) < peak()
+
+
+def test_what_cannot_fit_is_refused_with_what_would(llama_8b: Path) -> None:
+    settings = ("cluster=h100", "distill.global_batch_size=128", "distill.micro_batch_size=4", "distill.num_tokens=1B")
+    with pytest.raises(ConfigError) as caught:
+        planned("llama31_8b_to_4b_width", llama_8b, *settings)
+    said = str(caught.value)
+    assert "on each of 8 GPUs at" in said
+    assert "90% of 80.0 GiB" in said
+    assert "it would fit with distill.micro_batch_size=1 or with distill.recompute=true" in said
+    fits = planned(
+        "llama31_8b_to_4b_width", llama_8b, *settings, "distill.recompute=true", "distill.micro_batch_size=1"
+    )
+    assert fits.peak[1] <= 0.9 * 80 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("cluster.gpus_per_node=8",), "cluster.memory_bytes must be set for 8 GPUs, such as 80GiB"),
+        (("cluster=h100", "cluster.peak_flops=null"), "cluster.peak_flops must be set for GPUs"),
+        (("cluster=h100", "cluster.num_nodes=7"), "distill.global_batch_size=1152 is no multiple of 56 ranks"),
+        (("cluster=h100", "prune.hidden_size=3000"), "prune.hidden_size=3000 must be a multiple of"),
+        (("cluster=h100", "cluster.efficiency=1.5"), "cluster.efficiency=1.5 must be within 0 and 1"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(settings: tuple[str, ...], said: str, llama_8b: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        planned("llama31_8b_to_4b_width", llama_8b, *settings)
+
+
+def test_the_stage_prints_tables_reads_no_weights_and_writes_nothing(
+    llama_8b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compress.pipeline import run
+
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    settings = ("cluster=h100", "cluster.num_nodes=8", "cluster.price_per_gpu_hour=2.5", "distill.recompute=true")
+    run(load_config("recipe=llama31_8b_to_4b_width", "stage=plan", f"teacher.path={llama_8b}", *settings))
+    shown = capsys.readouterr().out
+    request = "--nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --time="
+    for part in ("4,512,746,496", "GPU-hours", "money at 2.5", request, "GiB"):
+        assert part in shown, shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_budget_is_planned_by_its_largest_shape(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("stage=plan", "prune.num_hidden_layers=null", "prune.intermediate_size=null", "prune.max_parameters=160K")
+    assert "the student is the largest of the budget's legal shapes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_recomputing_layers_gives_the_same_gradients(number: int) -> None:
+    from compress.parallel import recompute_layers
+
+    ids = torch.arange(40).reshape(2, 20)
+    gradients = []
+    for recompute in (False, True):
+        model = make_model(("llama", "gemma2")[number]).train()
+        if recompute:
+            recompute_layers(model)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, one in gradients[0].items():
+        assert torch.equal(one, gradients[1][name]), name
+
+
+def test_recomputing_changes_memory_and_nothing_else(run: Run, finished_source: Path, tmp_path: Path) -> None:
+    """Through the stages, under FSDP2: the same student, bit for bit; so it may be switched while a run goes on."""
+    run("distill.recompute=true", "until=export")
+    ours, theirs = (folder / "export" / "model.safetensors" for folder in (tmp_path / "run", finished_source))
+    assert ours.read_bytes() == theirs.read_bytes()
+    run("distill.recompute=false", "until=export")

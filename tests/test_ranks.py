@@ -1,0 +1,115 @@
+"""Scores don't depend on how many ranks took a share of the calibration set, and one file loads anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAST
+from distributed import on_ranks, torchrun
+from families import make_batch, make_model, rows, save_model
+from safetensors.torch import load_file, save_file
+
+from compress.depth import rank_layers
+from compress.folders import read_model
+from compress.gradients import estimate_taylor
+from compress.importance import estimate_importance, stream_importance
+from compress.parallel import Ranks, launched
+from compress.tokens import TokenBatch
+
+CRITERIA = ["activation:l2/mean", "activation:variance/variance", "weighted_activation:mean/l2"]
+
+
+def batches() -> list[TokenBatch]:
+    """Five unequal ones, padded: an odd share for two ranks and for three."""
+    whole = make_batch(sequences=9, tokens=20, padded=True)
+    return [rows(whole, start, stop) for start, stop in ((0, 2), (2, 4), (4, 5), (5, 8), (8, 9))]
+
+
+def every_score(variant: str, teacher: Path | None = None) -> dict[str, torch.Tensor]:
+    ranks, model = launched(), make_model(variant)
+    found = estimate_importance(model, batches(), CRITERIA, similarity=True, ranks=ranks)
+    tensors = {f"{name}/{axis}": t for name, widths in found.widths.items() for axis, t in widths.items()}
+    tensors |= {f"taylor/{axis}": t for axis, t in estimate_taylor(model, batches(), ranks).items()}
+    assert found.similarity_SS is not None
+    tensors |= {"influence": found.block_influence_L, "similarity": found.similarity_SS}
+    tensors["count"] = torch.tensor([found.num_sequences, found.num_tokens])
+    for criterion in ("kl_greedy", "loss", "nmse_block"):
+        removal = rank_layers(model, batches(), 2, criterion, max_loss_tokens=61, ranks=ranks)
+        tensors[f"{criterion}/removed"] = torch.tensor(removal.removed[-1])
+        tensors[f"{criterion}/cost"] = torch.tensor(removal.cost)
+    if teacher is not None:
+        spill = teacher / f"spill-{ranks.rank}"
+        streamed = stream_importance(read_model(teacher), torch.float64, batches(), CRITERIA, spill=spill, ranks=ranks)
+        tensors |= {f"streamed/{n}/{a}": t for n, widths in streamed.widths.items() for a, t in widths.items()}
+    return tensors
+
+
+def write_scores(variant: str, folder: Path, teacher: Path | None) -> None:
+    save_file(every_score(variant, teacher), folder / f"{launched().rank}.safetensors")
+
+
+@pytest.mark.parametrize(("variant", "size"), [("llama", 2), ("llama", 3), ("gemma2", 2), ("mixtral", 3)])
+def test_scores_are_the_same_on_any_number_of_ranks(variant: str, size: int, tmp_path: Path) -> None:
+    teacher = save_model(tmp_path / "teacher", make_model(variant)) if variant == "llama" else None
+    alone = every_score(variant, teacher)
+    on_ranks(size, write_scores, variant, tmp_path, teacher)
+    for rank in range(size):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == alone.keys()
+        for name, expected in alone.items():
+            close = torch.allclose(found[name], expected, rtol=1e-5, atol=1e-9)
+            assert close, f"{name}: {(found[name] - expected).abs().max():.3g} off on rank {rank}"
+
+
+def test_work_is_dealt_without_loss_or_repetition() -> None:
+    items = list(range(11))
+    dealt = [list(Ranks(rank, 4).mine(items)) for rank in range(4)]
+    assert sorted(item for hand in dealt for item in hand) == items
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    assert list(Ranks().mine(items)) == items
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_torchrun_scores_and_one_process_goes_on(cache: Path, tmp_path: Path) -> None:
+    settings = [*FAST, f"cache_dir={cache}", "score.width=[activation:l2/mean,taylor]", "score.micro_batch_size=2"]
+    files = {}
+    for name, size in (("one", 1), ("two", 2)):
+        place = [f"run_dir={tmp_path / name}", *settings]
+        for stage, ranks in (("tokenize", 1), ("score", size), ("all", 1)):
+            done = torchrun(ranks, tmp_path, *place, f"stage={stage}")
+            assert done.returncode == 0, done.stderr
+        assert done.stderr.count("score: done before, skipped") == 1
+        files[name] = load_file(tmp_path / name / "score" / "importance.safetensors")
+    assert files["one"].keys() == files["two"].keys()
+    for name, expected in files["one"].items():
+        torch.testing.assert_close(files["two"][name], expected, rtol=1e-5, atol=1e-9)
+    one, two = (read(tmp_path / name / "score" / "manifest.json")["fingerprint"] for name in ("one", "two"))
+    assert one == two, "how many ranks scored doesn't matter to what follows"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("stage=distill",), "WORLD_SIZE=2: stage=distill runs in one process in this version, only stage=score in"),
+        (("stage=score", "score.num_sequences=4"), "WORLD_SIZE=2: score.num_sequences=4 in micro-batches of "),
+        (
+            ("stage=score", "score.depth=[kl_greedy]", "score.depth_sequences=4"),
+            "WORLD_SIZE=2: score.depth_seq",
+        ),
+    ],
+)
+def test_ranks_without_work_are_refused(settings: tuple[str, ...], said: str, cache: Path, tmp_path: Path) -> None:
+    place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}", "score.micro_batch_size=4"]
+    if "stage=score" in settings:  # needs tokens first
+        assert torchrun(1, tmp_path, *place, *settings, "stage=tokenize").returncode == 0
+    done = torchrun(2, tmp_path, *place, *settings)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not (tmp_path / "run" / "score" / "manifest.json").exists()
