@@ -27,6 +27,18 @@ def default_cache() -> Path:
     return Path(os.environ.get("COMPRESS_CACHE", "~/.cache/compress")).expanduser()
 
 
+def peer_python(cache: Path, name: str, packages: Sequence[str]) -> str:
+    """The interpreter of a peer's own environment, made when it isn't there (a few hundred MB, minutes)."""
+    folder = cache / "benchmarks" / name
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.exists():
+        print(f"making {folder} with {', '.join(packages)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
+        done.touch()
+    return str(python)
+
+
 def write_result(path: Path, value: Any) -> None:
     """Replace a result file in one step, so that a killed benchmark leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)

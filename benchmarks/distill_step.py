@@ -36,7 +36,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, PeakMemory, anonymous_bytes, default_cache, machine, spread, write_result
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    PeakMemory,
+    anonymous_bytes,
+    default_cache,
+    machine,
+    peer_python,
+    spread,
+    write_result,
+)
 
 # `ours` with distill.compile=true, `eager` without it; plain and TRL as people run them.
 CONTENDERS = ("ours", "eager", "plain", "trl")
@@ -297,19 +307,6 @@ def prepare(work: Path, cache: Path, num_rows: int) -> None:
         save_file({"input_ids": ids}, tokens)
 
 
-def trl_python(cache: Path) -> str:
-    """The interpreter of TRL's own environment, made when it isn't there (a few hundred MB, minutes)."""
-    folder = cache / "benchmarks" / "trl-1.16.0"
-    python = folder / "bin" / "python"
-    done = folder / "installed"
-    if not done.exists():
-        print(f"making {folder} with {', '.join(TRL_PACKAGES)}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *TRL_PACKAGES], check=True)
-        done.touch()
-    return str(python)
-
-
 def run_worker(python: str, name: str, work: Path, warmup: int, steps: int, threads: int) -> dict[str, Any]:
     environment = {
         **os.environ,
@@ -401,7 +398,10 @@ def main() -> None:
     cache = options.cache.resolve()
     work = cache / "benchmarks" / "distill_step"
     prepare(work, cache, (options.warmup + options.steps) * SEQUENCES)
-    pythons = {name: trl_python(cache) if name == "trl" else sys.executable for name in options.contenders}
+    pythons = {
+        name: peer_python(cache, "trl-1.16.0", TRL_PACKAGES) if name == "trl" else sys.executable
+        for name in options.contenders
+    }
     before = machine()
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(options.rounds):
