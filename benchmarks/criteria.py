@@ -10,9 +10,9 @@ Three tables from one set of scores (the recipe smollm2_135m_to_100m, 64 calibra
             the selection set. Beside it, untrained on calibration text, the KL when it cuts the hidden size to 432, or
             three of nine heads with their key-value group.
     depth   the same for every depth criterion and 20 of 30 layers (99.1 M).
-    final   three seeds of --final-tokens: the winner of this project's search (stage=search within as many parameters
-            as ModelOpt took) against the two models that ModelOpt 0.43 itself chose and cut within 100 M
-            (benchmarks/modelopt_choice.py): with its own divisors, and with finer ones. Chosen on the selection set by
+    final   three seeds of --final-tokens: the winner of this project's search against the two models that ModelOpt 0.43
+            itself chose and cut within 100 M (benchmarks/modelopt_choice.py), with its own divisors and with finer
+            ones; the search may use no more parameters than the smaller of the two. Chosen on the selection set by
             everybody; QuAC, which nobody chose by, stands beside it. All are distilled by this project's distill stage
             with the same tokens, as students `pruned elsewhere` (distill.init_from), so only the pruning differs.
 
@@ -61,7 +61,7 @@ ALONE = {"hidden 432": {"hidden_size": 432}, "6 heads": {"num_attention_heads": 
 MODELOPT = ("torch==2.13.0", "transformers==5.23.0", "nvidia-modelopt==0.43.0", "megatron-core==0.16.1", "psutil",
             "requests")  # fmt: skip
 MAX_PARAMETERS = 100_000_000
-OURS, SEEDS = "compress: search", (0, 1, 2)
+SEEDS = (0, 1, 2)
 NO_SHAPE = ("prune.removed_layers=null", "prune.intermediate_size=null")
 
 
@@ -216,20 +216,17 @@ def final_rows(result: dict[str, Any], base: Path, settings: list[str], options:
         students[f"ModelOpt 0.43: {divisors} divisors"], choice = modelopt(options.runs, teacher, divisors, cache)
         result["modelopt"][divisors] = choice
         save()
+    # No more parameters than either of them, so that size can't be what decides.
     limit = min(choice["num_parameters"] for choice in result["modelopt"].values())
-    for name, number in (("compress: search", result["modelopt"]["fine"]["num_parameters"]),
-                         ("compress: search, no larger than the default's", limit)):  # fmt: skip
-        folder = options.runs / f"search_{number}"
-        mine = [*settings, f'run_dir="{folder}"', "name=search", f"prune.max_parameters={number}",
-                "prune.width_criterion='weighted_activation:l2/l2'", "prune.depth_criterion=kl_greedy",
-                "shape.multiple_of=32", "search.num_candidates=6", "search.num_tokens=8192", "search.judge=selection",
-                f"distill.num_tokens={options.final_tokens}"]  # fmt: skip
-        share_stages(load_config(*mine), base)
-        students[name] = run_until("prune", mine) / "prune"
-        result["search"][name] = json.loads((folder / "search" / "report.json").read_text())
-        save()
-        if number == limit:
-            break
+    folder = options.runs / "search"
+    mine = [*settings, f'run_dir="{folder}"', "name=search", f"prune.max_parameters={limit}",
+            "prune.width_criterion='weighted_activation:l2/l2'", "prune.depth_criterion=kl_greedy",
+            "shape.multiple_of=32", "search.num_candidates=6", "search.num_tokens=8192", "search.judge=selection",
+            f"distill.num_tokens={options.final_tokens}"]  # fmt: skip
+    share_stages(load_config(*mine), base)
+    students["compress: search"] = run_until("prune", mine) / "prune"
+    result["search"] = json.loads((folder / "search" / "report.json").read_text())
+    save()
     for seed in SEEDS:
         for name, folder in students.items():
             run_dir = options.runs / f"final_{folder.parent.name}_{folder.name}_{seed}"
@@ -255,25 +252,17 @@ def show(result: dict[str, Any]) -> None:
         table = Table(title=f"{kind}: {first['parameters']:,} parameters, {first['num_tokens']:,} tokens")
         for column in ("criterion", "KL", "perplexity", "excess", "distilled: KL", "perplexity", "excess", *extra):
             table.add_column(column, justify="left" if column == "criterion" else "right")
-        for name, row in sorted(
-            rows.items(), key=lambda item: item[1]["sets"]["selection"]["distilled"]["kl_to_teacher"]
-        ):
+        best_first = sorted(rows, key=lambda name: rows[name]["sets"]["selection"]["distilled"]["kl_to_teacher"])
+        for name in best_first:
+            row = rows[name]
             figures = [format_figures(row["sets"]["selection"][model]) for model in ("pruned", "distilled")]
             table.add_row(name, *figures[0], *figures[1], *[f"{result['alone'][other][name]:.3f}" for other in extra])
         console.print(table)
     if not result["final"]:
         return
     table = Table(title="final: median (min..max) of the seeds")
-    for column in (
-        "student",
-        "parameters",
-        "set",
-        "KL untrained",
-        "perplexity",
-        "KL distilled",
-        "perplexity",
-        "excess",
-    ):
+    columns = ("student", "parameters", "set", "KL untrained", "perplexity", "KL distilled", "perplexity", "excess")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("student", "set") else "right")
     for name in dict.fromkeys(key.rpartition(", seed ")[0] for key in result["final"]):
         rows = [row for key, row in result["final"].items() if key.rpartition(", seed ")[0] == name]
