@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.config import CompressConfig
+    from compress.settings import CompressConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -117,8 +117,8 @@ def start_as_the_makefile_does() -> None:
 
 def fingerprint_of(config: CompressConfig, stage: str = "evaluate") -> str:
     """What the pipeline will write into the stage's manifest: settings, input files, and every stage before it."""
-    from compress.config import Stage
     from compress.pipeline import expectations
+    from compress.settings import Stage
 
     found: str = expectations(config)[Stage(stage)]["fingerprint"]
     return found

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compress.artifacts import open_tensors
 from compress.errors import ArchitectureError, ConfigError
-from compress.families import PRUNABLE, Family, Part, Row, Shape, family_of, family_of_config
+from compress.families import PRUNABLE, Family, Part, Row, Shape, family_of, family_of_config, holds_all_experts
 
 _LAYER_NUMBER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
@@ -79,6 +79,7 @@ class Taps:
     hidden: tuple[str, ...]  # their outputs: the norms of a layer; the final norm isn't one (as in NVIDIA's code)
     intermediate: str | None  # its input; None where every MLP is a mixture
     query_heads: str  # its input
+    expert_intermediate: str | None  # the tensor of an expert that reads its units, or of all; None in a dense model
 
 
 def taps(family: Family) -> Taps:
@@ -96,7 +97,15 @@ def taps(family: Family) -> Taps:
         hidden=tuple(n.removesuffix(".weight") for n in norms if n.startswith(family.layers)),
         intermediate=reading("intermediate"),
         query_heads=query_heads,
+        expert_intermediate=next((n for n, r in family.table.items() if _reads_expert_units(n, r)), None),
     )
+
+
+def _reads_expert_units(name: str, row: Row) -> bool:
+    units = (Part("expert_intermediate"),)
+    if holds_all_experts(row):  # which way round differs, and so only the name that transformers gives it tells
+        return units in row.dimensions and name.rpartition(".")[2] == "down_proj"
+    return len(row.dimensions) == 2 and row.dimensions[1] == units
 
 
 def row_of(name: str) -> str:

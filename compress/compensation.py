@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.errors import NumericalError
 from compress.families import Part, Shape, family_of_config
-from compress.models import decoder_layers, set_decoder_layers
+from compress.importance import experts_of, run_expert
+from compress.models import decoder_layers, only_layers
 from compress.slicing import Kept, kept_elements
 from compress.step import trunk
 from compress.streaming import LayerStream, Progress, TensorFolder, sweep
@@ -62,7 +63,19 @@ class _Moments:
 
     def attach(self, layer: nn.Module, position: int) -> list[Callable[[], None]]:
         """Listen to the kept layer of this position; empty where nothing that it reads is pruned."""
-        return [self._listen(layer, name, position) for name in self._columns(position)]
+        undo = [self._listen(layer, name, position) for name in self._columns(position)]
+        if self._units(position):
+            undo.append(self._listen_experts(experts_of(layer), position))
+        return undo
+
+    def _units(self, position: int) -> dict[int, Tensor]:
+        """Kept expert of a layer -> the units that it keeps, where it loses any."""
+        if not self.shape.num_experts:
+            return {}
+        units = self.kept["expert_intermediate"][position]
+        if units.shape[1] == self.shape.moe_intermediate_size:
+            return {}
+        return dict(zip(self.kept["experts"][position].tolist(), units, strict=True))
 
     def _columns(self, position: int) -> dict[str, Tensor]:
         """Module in a layer -> the columns of its matrix that are kept."""
@@ -77,29 +90,71 @@ class _Moments:
 
     def _listen(self, layer: nn.Module, name: str, position: int) -> Callable[[], None]:
         def hook(_module: nn.Module, arguments: Any, _output: Tensor) -> None:
-            values_NX = arguments[0][self.valid_BT].float()
-            key = f"{position}.{name}"
-            if key not in self.moments:
-                self.moments[key] = values_NX.new_zeros(values_NX.shape[1], values_NX.shape[1])
-            self.moments[key].addmm_(values_NX.T, values_NX)
+            self._add(f"{position}.{name}", arguments[0][self.valid_BT].float())
 
         return layer.get_submodule(name).register_forward_hook(hook).remove
 
+    def _add(self, key: str, values_NX: Tensor) -> None:
+        if key not in self.moments:
+            self.moments[key] = values_NX.new_zeros(values_NX.shape[1], values_NX.shape[1])
+        self.moments[key].addmm_(values_NX.T, values_NX)
+
+    def _listen_experts(self, experts: Any, position: int) -> Callable[[], None]:
+        """Run the experts one by one, since the fused kernels show nothing of what is inside.
+
+        A token counts as much as its router lets the expert say: x is weighted by the router's weight.
+        """
+        kept = self._units(position)
+
+        def forward(hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+            valid_N, result_ND = self.valid_BT.flatten(), torch.zeros_like(hidden_ND)
+            for expert in range(experts.num_experts):
+                token_M, place_M = (index_NK == expert).nonzero(as_tuple=True)
+                inner_MX, outer_MD = run_expert(experts, expert, hidden_ND[token_M])
+                weight_M1 = weight_NK[token_M, place_M, None]
+                result_ND.index_add_(0, token_M, (outer_MD * weight_M1).to(hidden_ND.dtype))
+                if expert in kept:
+                    self._add(f"{position}.{expert}", (inner_MX * weight_M1)[valid_N[token_M]].float())
+            return result_ND
+
+        experts.forward = forward
+
+        def undo() -> None:
+            del experts.forward
+
+        return undo
+
     def solve(self, layer: nn.Module, position: int) -> dict[str, Tensor]:
-        """Module in the layer -> its full-size weight; the moments are let go."""
-        return {
-            name: reconstruct(layer.get_parameter(f"{name}.weight"), self.moments.pop(f"{position}.{name}"), columns)
+        """Tensor of the layer, by its name in the checkpoint -> its full-size weight; the moments are let go."""
+        found = {
+            f"{name}.weight": reconstruct(
+                layer.get_parameter(f"{name}.weight"), self.moments.pop(f"{position}.{name}"), columns
+            )
             for name, columns in self._columns(position).items()
         }
+        return found | self._solve_experts(layer, position)
+
+    def _solve_experts(self, layer: nn.Module, position: int) -> dict[str, Tensor]:
+        units, pattern = self._units(position), self.where.expert_intermediate
+        if not units or pattern is None:
+            return {}
+        name, experts = pattern.partition(".layers.*.")[2], experts_of(layer)
+        down_EXX = experts.down_proj.detach().clone()
+        for expert, kept_K in units.items():
+            weight_OX = down_EXX[expert].T if experts.is_transposed else down_EXX[expert]
+            weight_OX.copy_(reconstruct(weight_OX, self.moments.pop(f"{position}.{expert}"), kept_K))
+        if "*" not in name:
+            return {name: down_EXX}
+        return {name.replace("*", str(expert)): down_EXX[expert] for expert in units}
 
 
 @torch.no_grad()
 def compensated_weights(model: PreTrainedModel, batches: Iterable[TokenBatch], kept: Kept) -> dict[str, Tensor]:
     """Full-size replacements, by the teacher's tensor names, for every matrix that reads a pruned axis.
 
-    Those are down_proj where `intermediate` is pruned and o_proj where query heads are. One forward pass over the
-    batches, of the kept layers only: the moments are of the inputs that the student's layers will see. Costs
-    X^2 float32 per matrix, 10 MB for 1536 columns and 822 MB for 14336.
+    Those are down_proj where `intermediate` (or every expert's units) is pruned and o_proj where query heads are. One
+    forward pass over the batches, of the kept layers only: the moments are of the inputs that the student's layers
+    will see, with the teacher's routing. Costs X^2 float32 per matrix, 10 MB for 1536 columns and 822 MB for 14336.
 
     The model's removed layers are put back before it returns.
     """
@@ -110,16 +165,15 @@ def compensated_weights(model: PreTrainedModel, batches: Iterable[TokenBatch], k
     if not undo:
         return {}
     try:
-        set_decoder_layers(model, [layers[number] for number in numbers])
-        for batch in batches:
-            found.valid_BT = batch.valid_mask
-            trunk(model, batch)
+        with only_layers(model, numbers):
+            for batch in batches:
+                found.valid_BT = batch.valid_mask
+                trunk(model, batch)
     finally:
-        set_decoder_layers(model, layers)
         for remove in undo:
             remove()
     return {
-        f"{family.layers}{number}.{name}.weight": weight
+        f"{family.layers}{number}.{name}": weight
         for position, number in enumerate(numbers)
         for name, weight in found.solve(layers[number], position).items()
     }
@@ -149,7 +203,7 @@ def stream_compensated_weights(
             for remove in undo:
                 remove()
             for name, weight in found.solve(layer, position).items():
-                result.add(f"{info.family.layers}{number}.{name}.weight", weight)
+                result.add(f"{info.family.layers}{number}.{name}", weight)
 
         return leave
 

@@ -22,10 +22,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from compress.architecture import ModelInfo, num_parameters
+from compress.architecture import ModelInfo, expert_of, num_parameters
 from compress.errors import ArtifactError, NumericalError
 from compress.families import Shape
 from compress.folders import read_model
+from compress.importance import experts_of
 from compress.masking import mask_layer, mask_outside
 from compress.models import decoder_layers, load_model
 from compress.slicing import Kept
@@ -98,8 +99,11 @@ def streamed_logits(
             mask_outside(model, info.family, info.shape, kept)
             mask_layer(layer, position, info.family, info.shape, kept)
         for name, weight in _of_layer(replaced or {}, f"{info.family.layers}{number}."):
-            stored = getattr(torch, _TORCH[info.tensors[name].dtype])
-            layer.get_parameter(name.partition(f".{number}.")[2]).copy_(weight.to(stored))
+            stored, expert = getattr(torch, _TORCH[info.tensors[name].dtype]), expert_of(name)
+            if expert is None:
+                layer.get_parameter(name.partition(f".{number}.")[2]).copy_(weight.to(stored))
+            else:  # transformers holds all experts' in one
+                experts_of(layer).down_proj[expert].copy_(weight.to(stored))
         if position == 0:
             hidden_BTD = stream.embed(model, ids_BT)
             if kept is not None:

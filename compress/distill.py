@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
-from compress.config import CompressConfig, Optimizer
 from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
+from compress.settings import CompressConfig, Optimizer
 from compress.step import StudentModule, Teacher, accumulate_gradients
 from compress.tokens import SequenceOrder, TokenSet
 

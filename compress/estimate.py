@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from compress.architecture import num_parameters, with_sizes
-from compress.config import CompressConfig, Stage
 from compress.embedded import resolve
 from compress.folders import read_model
 from compress.inputs import source_of
 from compress.parallel import resolve_dtype
+from compress.settings import CompressConfig, Stage
 from compress.sources import local_files
 from compress.targets import given_sizes
 

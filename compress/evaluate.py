@@ -11,7 +11,6 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from compress.artifacts import read_json, remedy_for, write_json
-from compress.config import CompressConfig, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
 from compress.export import folder_name as export_folder
@@ -21,6 +20,7 @@ from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import read_items
 from compress.parallel import resolve_dtype
 from compress.progress import track
+from compress.settings import CompressConfig, set_name
 from compress.tokens import TokenSet
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ import torch
 
 from compress import checkpoint
 from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents
-from compress.config import CompressConfig
 from compress.distill import num_steps
 from compress.errors import ArtifactError, ConfigError
 from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
+from compress.settings import CompressConfig
 from compress.slicing import copy_companions
 from compress.targets import ADAPTERS
 

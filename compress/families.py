@@ -99,6 +99,12 @@ class Row:
         return len(self.dimensions) == 1
 
 
+def holds_all_experts(row: Row) -> bool:
+    """Whether a tensor stacks what every expert has of its own, so that it is cut expert by expert."""
+    units = any(part.axis == "expert_intermediate" for dimension in row.dimensions for part in dimension)
+    return units and row.dimensions[0] == (Part("experts"),)
+
+
 @dataclass(frozen=True)
 class Family:
     """One `model_type`: its rows by checkpoint name (numbers as *), and what its config class insists on."""

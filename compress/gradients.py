@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, expert_of, layer_of, row_of, shape_of, taps
 from compress.errors import NumericalError
-from compress.families import AXES, Row, Shape, family_of_config
+from compress.families import AXES, Row, Shape, family_of_config, holds_all_experts
 from compress.importance import experts_of, run_expert
 from compress.models import decoder_layers, output_head
 from compress.parallel import ALONE, Ranks
 from compress.scores import Widths
-from compress.slicing import holds_all_experts
 from compress.step import trunk
 from compress.tokens import TokenBatch
 

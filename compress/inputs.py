@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from compress.architecture import ModelInfo, num_parameters
-from compress.config import CompressConfig
 from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import teacher_folder
 from compress.multiple_choice import Item, read_items
 from compress.parallel import available_bytes, resolve_dtype
+from compress.settings import CompressConfig
 from compress.tokens import TokenSet
 
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from compress.config import CompressConfig
 from compress.embedded import resolve
 from compress.multiple_choice import PROMPT
+from compress.settings import CompressConfig
 
 
 def multiple_choice(config: CompressConfig, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from compress.architecture import shape_of, taps
 from compress.families import Family, Part, Shape, family_of_config
 from compress.importance import experts_of, run_expert
-from compress.models import decoder_layers, set_decoder_layers
+from compress.models import decoder_layers, only_layers
 from compress.slicing import Kept, kept_elements
 
 
@@ -34,24 +34,16 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[PreTrainedModel]:
     family, shape = family_of_config(model.config), shape_of(model.config)
     layers = decoder_layers(model)
     numbers = kept["layers"].tolist()
-    types = getattr(model.config, "layer_types", None)
     undo: list[Callable[[], None]] = []
     try:
         undo += mask_outside(model, family, shape, kept)
         for position, number in enumerate(numbers):
             undo += mask_layer(layers[number], position, family, shape, kept)
-        set_decoder_layers(model, [layers[number] for number in numbers])
-        model.config.num_hidden_layers = len(numbers)
-        if types is not None:
-            model.config.layer_types = [types[number] for number in numbers]
-        yield model
+        with only_layers(model, numbers):
+            yield model
     finally:
         for restore in reversed(undo):
             restore()
-        set_decoder_layers(model, layers)
-        model.config.num_hidden_layers = shape.num_hidden_layers
-        if types is not None:
-            model.config.layer_types = types
 
 
 def mask_outside(model: PreTrainedModel, family: Family, shape: Shape, kept: Kept) -> list[Callable[[], None]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,25 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def set_decoder_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
-    model.base_model.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+@contextlib.contextmanager
+def only_layers(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[None]:
+    """The model with these of its layers alone, each with the attention it has by its own number, until the block ends.
+
+    transformers looks up the mask, and Gemma 3 the rotary table, by a layer's place: config.layer_types goes along.
+    """
+    config, layers = model.config, decoder_layers(model)
+    count, types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    try:
+        model.base_model.layers = nn.ModuleList([layers[number] for number in numbers])  # type: ignore[assignment]
+        config.num_hidden_layers = len(numbers)
+        if types is not None:
+            config.layer_types = [types[number] for number in numbers]
+        yield
+    finally:
+        model.base_model.layers = layers  # type: ignore[assignment]
+        config.num_hidden_layers = count
+        if types is not None:
+            config.layer_types = types
 
 
 def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -69,11 +69,12 @@ def available_bytes() -> int:
     for limit in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY:
-            found.append(soft - _anonymous_bytes())
+            found.append(soft - _data_bytes())
     return max(0, min(found))
 
 
-def _anonymous_bytes() -> int:
+def _data_bytes() -> int:
+    """VmData of this process, which RLIMIT_DATA and RLIMIT_AS count: reserved, whether or not it is resident."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmData")).split()[1]) * 1024

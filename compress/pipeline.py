@@ -30,7 +30,6 @@ from compress.artifacts import (
     run_lock,
     write_json,
 )
-from compress.config import CompressConfig, Stage, round_config, set_name
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
@@ -40,6 +39,8 @@ from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
+from compress.rules import round_config
+from compress.settings import CompressConfig, Stage, set_name
 from compress.sources import local_files
 
 log = logging.getLogger(__name__)

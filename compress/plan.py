@@ -19,7 +19,6 @@ from compress.architecture import (
     num_embedding_parameters,
     num_parameters,
 )
-from compress.config import CompressConfig, ComputeDtype, Optimizer
 from compress.errors import ConfigError
 from compress.estimate import STEP_EFFICIENCY, flops_per_second
 from compress.families import PRUNABLE, Shape
@@ -28,6 +27,7 @@ from compress.inputs import teacher_of
 from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
 from compress.parallel import available_bytes, resolve_dtype
 from compress.progress import about
+from compress.settings import CompressConfig, ComputeDtype, Optimizer
 from compress.shapes import enumerate_shapes
 from compress.targets import budget, cut_info, given_shape, grid_of
 

@@ -18,12 +18,12 @@ from compress.architecture import (
     num_parameters,
 )
 from compress.artifacts import building_folder, replace_contents, write_json
-from compress.config import CompressConfig
 from compress.contract import check_student
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
 from compress.inputs import source_of, streams
 from compress.scores import Importance
+from compress.settings import CompressConfig
 from compress.shapes import Candidate, enumerate_shapes, rank
 from compress.slicing import select
 from compress.targets import (

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo
 from compress.artifacts import fingerprint_path, write_json
-from compress.config import CompressConfig, ComputeDtype, DepthCriterion
 from compress.criteria import AGGREGATED, Criterion, parse_criterion
 from compress.depth import rank_layers, rank_layers_by_task, removal_reach
 from compress.errors import ConfigError
@@ -31,6 +30,7 @@ from compress.parallel import Ranks, available_bytes, joined, resolve_dtype
 from compress.progress import console, track
 from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
+from compress.settings import CompressConfig, ComputeDtype, DepthCriterion
 from compress.shapes import enumerate_shapes, rank
 from compress.targets import budget, given_shape, given_sizes, grid_of
 from compress.tokens import TokenBatch, TokenSet

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compress import checkpoint
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
 from compress.artifacts import STARTED, building_folder, open_permissions, read_json, write_json
-from compress.config import CompressConfig, Optimizer, set_name
 from compress.distill import refuse_empty_windows, source_weights
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.families import PRUNABLE, Shape
@@ -40,6 +39,7 @@ from compress.optimizer import LocalOptimizer
 from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
 from compress.progress import console, track
 from compress.scores import Importance
+from compress.settings import CompressConfig, Optimizer, set_name
 from compress.shapes import (
     Candidate,
     Grid,

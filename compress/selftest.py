@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compress import slicing
 from compress.architecture import config_layer_types, num_parameters, parse_config, shape_of, with_sizes
 from compress.artifacts import read_json
-from compress.config import CompressConfig
 from compress.errors import ArchitectureError, CompressError
 from compress.families import AXES, Family, Shape, family_of
 from compress.folders import read_model
@@ -31,6 +30,7 @@ from compress.inputs import teacher_of
 from compress.masking import masked
 from compress.models import load_model
 from compress.scores import Importance, by_block_influence
+from compress.settings import CompressConfig
 from compress.slicing import select, slice_checkpoint
 from compress.step import packed_masks
 

@@ -25,7 +25,7 @@ from compress.architecture import (
 )
 from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, save_tensors, write_json
 from compress.errors import ConfigError
-from compress.families import AXES, Dimension, Part, Row, Shape
+from compress.families import AXES, Dimension, Row, Shape, holds_all_experts
 from compress.folders import read_model
 from compress.scores import Importance, Widths
 
@@ -158,12 +158,6 @@ def _take(tensor: Tensor, dimension: int, elements: Tensor) -> Tensor:
     # mode="clip" writes straight into `out`; check_kept has seen to it that no index is outside.
     np.take(tensor.view(bits).numpy(), elements.numpy(), axis=-1, out=result.view(bits).numpy(), mode="clip")
     return result
-
-
-def holds_all_experts(row: Row) -> bool:
-    """Whether a tensor stacks what every expert has of its own, so that it is cut expert by expert."""
-    units = any(part.axis == "expert_intermediate" for dimension in row.dimensions for part in dimension)
-    return units and row.dimensions[0] == (Part("experts"),)
 
 
 def _source_names(names: Iterable[str], kept: Kept) -> dict[str, str]:

@@ -13,7 +13,6 @@ import torch
 from compress.architecture import ModelInfo, check_shape, student_config, with_sizes
 from compress.artifacts import fingerprint_path, read_json, remedy_for, save_tensors
 from compress.compensation import compensated_weights, stream_compensated_weights
-from compress.config import BUDGET, CompressConfig
 from compress.depth import removal_reach
 from compress.errors import ArtifactError, ConfigError
 from compress.families import PRUNABLE, Shape
@@ -23,6 +22,7 @@ from compress.models import load_model
 from compress.parallel import resolve_dtype
 from compress.progress import track
 from compress.scores import Importance, load_importance
+from compress.settings import BUDGET, CompressConfig
 from compress.shapes import Grid, Limit, active_limit, memory_limit, non_embedding_limit, parameter_limit
 from compress.slicing import MAX_SHARD_BYTES, Kept, largest_layer_bytes, slice_checkpoint
 from compress.tokens import TokenSet

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from compress.artifacts import disk_errors, read_json, write_atomic, write_json
-from compress.config import CompressConfig, SourceConfig, Stage, set_name
 from compress.conversations import check_chat_template
 from compress.embedded import resolve
 from compress.encoding import (
@@ -44,6 +43,7 @@ from compress.errors import ArtifactError, NumericalError
 from compress.inputs import check_calibration, teacher_of
 from compress.overlap import measure_overlap
 from compress.progress import about, track
+from compress.settings import CompressConfig, SourceConfig, Stage, set_name
 from compress.sources import split_source
 from compress.tokens import INDEX, Rows, TokenSet, shard_facts, shard_name, target_mask, write_index
 

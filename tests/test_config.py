@@ -16,8 +16,9 @@ import pytest
 from conftest import REPOSITORY, environment
 from hydra import compose, initialize_config_dir
 
-from compress.config import CompressConfig, Size, Stage, conf_dir, load_config, set_name, to_config
+from compress.config import conf_dir, load_config, to_config
 from compress.errors import ConfigError
+from compress.settings import CompressConfig, Size, Stage, set_name
 
 
 def leaves(node: type = CompressConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from compress import checkpoint, distill, pipeline
-from compress.config import CompressConfig, load_config
+from compress.config import load_config
 from compress.errors import ConfigError
 from compress.models import load_model
+from compress.settings import CompressConfig
 from compress.tokens import Rows, shard_facts, write_index, write_shard
 
 STEPS = 4

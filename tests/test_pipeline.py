@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from compress import checkpoint, pipeline
 from compress.artifacts import fingerprint_path, run_lock
-from compress.config import CompressConfig, Stage, load_config, set_name
+from compress.config import load_config
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.pipeline import STAGES
+from compress.settings import CompressConfig, Stage, set_name
 
 RUN = [stage for stage in STAGES if stage is not Stage.search]  # which runs with search.num_candidates
 FOLDERS = ["tokens", "score", "prune", "distill", "export", "evaluate"]

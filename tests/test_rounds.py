@@ -56,7 +56,8 @@ def test_what_prints_of_rounds_writes_nothing(run: Run, tmp_path: Path, capsys: 
 def test_three_rounds_hand_their_adapters_on() -> None:
     from conftest import FAST
 
-    from compress.config import load_config, round_config
+    from compress.config import load_config
+    from compress.rules import round_config
 
     three = (
         "{prune: {num_hidden_layers: 3, adapters: [/a/one]}},{prune: {num_hidden_layers: 2}},{prune: {hidden_size: 48}}"

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 from compress import prune, score
 from compress.architecture import num_parameters, shape_of
 from compress.artifacts import fingerprint_path
-from compress.config import (
+from compress.criteria import AGGREGATIONS
+from compress.depth import rank_layers
+from compress.errors import ArchitectureError, ArtifactError, ConfigError
+from compress.folders import read_model
+from compress.importance import estimate_importance
+from compress.models import load_model
+from compress.rules import check
+from compress.scores import load_importance
+from compress.settings import (
     CompressConfig,
     ComputeDtype,
     DataConfig,
@@ -28,15 +36,7 @@ from compress.config import (
     ShapeConfig,
     SourceConfig,
     TeacherConfig,
-    check,
 )
-from compress.criteria import AGGREGATIONS
-from compress.depth import rank_layers
-from compress.errors import ArchitectureError, ArtifactError, ConfigError
-from compress.folders import read_model
-from compress.importance import estimate_importance
-from compress.models import load_model
-from compress.scores import load_importance
 from compress.slicing import kept_shape, select
 from compress.tokens import Rows, TokenSet, write_index, write_shard
 

@@ -23,10 +23,11 @@ from transformers import AutoTokenizer
 
 from compress import tokenize
 from compress.artifacts import read_json
-from compress.config import CompressConfig, load_config
+from compress.config import load_config
 from compress.errors import ArtifactError, CompressError, ConfigError, NumericalError
 from compress.overlap import COMMON_MIN_DOCUMENTS, NGRAM, measure_overlap, ngram_hashes
 from compress.packing import Packer
+from compress.settings import CompressConfig
 from compress.tokens import TokenSet, shard_name, write_index, write_shard
 
 EOS = 2

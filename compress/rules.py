@@ -1,0 +1,265 @@
+"""The rules between settings that need no file; each breach names the key, the value, the rule and the remedy.
+
+Rules that need the teacher (shapes, tokenizers) are checked where the teacher is first read, before any long work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from compress.criteria import parse_criterion
+from compress.errors import ConfigError
+from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, set_name
+
+_Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+# Rules of one value each; null is always a choice where the type admits it.
+_RULES: tuple[_Rule, ...] = (
+    (
+        lambda v: v >= 1,
+        "must be at least 1",
+        "data.records_per_shard score.num_sequences score.depth_sequences score.task_items score.micro_batch_size "
+        "score.max_removed_layers shape.multiple_of shape.tensor_parallel prune.hidden_size prune.intermediate_size "
+        "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
+        "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
+        "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
+        "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
+        "evaluate.generate_tokens cluster.num_nodes",
+    ),
+    (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
+    (
+        lambda v: math.isfinite(v) and v >= 1,
+        "must be a number of 1 or more, such as 100M",
+        "prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters prune.max_bytes",
+    ),
+    (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
+    (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
+    (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates cluster.gpus_per_node"),
+    (
+        lambda v: 0 <= v < math.inf and v == int(v),
+        "must be a whole number of tokens, or 0 for none",
+        "search.num_tokens",
+    ),
+    (lambda v: 0 <= v < 2**63, "must be within 0 and 2**63 - 1", "seed"),
+    (bool, "is empty; give a folder", "run_dir cache_dir"),
+    (bool, "is empty; give a Hugging Face folder, a hub id, or embedded:NAME", "teacher.path"),
+    (
+        _positive,
+        "must be a positive number",
+        "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
+        "distill.epsilon prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
+        "cluster.price_per_gpu_hour",
+    ),
+    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
+    (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
+    (lambda v: 0 <= v < 1, "must be within 0 and 1, 1 excluded", "distill.beta1 distill.beta2"),
+    (
+        lambda v: 0 <= v < 1,
+        "is a share: within 0 and 1, 1 excluded",
+        "shape.max_width_pruning shape.max_depth_pruning",
+    ),
+    (lambda v: 0 < v <= 1, "must be within 0 and 1, 0 excluded", "shape.min_budget_ratio cluster.efficiency"),
+    (
+        lambda v: _positive(v) and v == int(v),
+        "must be a whole positive number of tokens",
+        "distill.num_tokens",
+    ),
+    (
+        lambda v: v and "/" not in v and not v.startswith("."),
+        "becomes a folder: it must be non-empty, without '/' or a leading '.'",
+        "name",
+    ),
+)
+
+
+def check(config: CompressConfig) -> None:
+    """The rules between settings that need no file. Raises ConfigError with key, value, rule and remedy."""
+    for holds, text, keys in _RULES:
+        for key in keys.split():
+            value = operator.attrgetter(key)(config)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key}={value} {text}")
+    if config.until in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
+        raise ConfigError(
+            f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
+        )
+    _check_batches(config)
+    if config.rounds:
+        _check_rounds(config)
+    elif config.round is not None:
+        raise ConfigError(
+            f"round={config.round} chooses one of rounds, which is empty; give rounds=[...], or round=null"
+        )
+    else:
+        _check_budget(config)
+    if config.prune.merge_heads and config.prune.compensate:
+        raise ConfigError(
+            "prune.merge_heads=true can't be combined with prune.compensate=true, which is fitted to heads as they "
+            "are; set one of the two to false"
+        )
+    names = [Path(path).name for path in config.prune.adapters]
+    if len(set(names)) != len(names) or not all(names):
+        raise ConfigError(f"prune.adapters: the folders' names {names} must differ, since each keeps its own")
+    _check_criteria(config)
+    for split in ("train", "calibration", "validation"):
+        _check_sources(split, getattr(config.data, split))
+
+
+def _check_budget(config: CompressConfig) -> None:
+    prune, search = config.prune, config.search
+    limits = [key for key in BUDGET if getattr(prune, key) is not None]
+    if limits and prune.removed_layers is not None:
+        raise ConfigError(
+            f"prune.removed_layers={prune.removed_layers} can't be combined with prune.{limits[0]}="
+            f"{getattr(prune, limits[0]):,.0f}, which chooses the layers; set one of the two to null"
+        )
+    if prune.min_tokens_per_second is not None and not search.num_candidates:
+        raise ConfigError(
+            f"prune.min_tokens_per_second={prune.min_tokens_per_second:g} is measured on candidates; set "
+            "search.num_candidates, such as 8"
+        )
+    if search.num_candidates and not limits:
+        raise ConfigError(
+            f"search.num_candidates={search.num_candidates} searches within a budget; set one of "
+            f"{', '.join(f'prune.{key}' for key in BUDGET)}, or search.num_candidates=0"
+        )
+    tokens_per_step = config.distill.global_batch_size * config.data.sequence_length
+    if 0 < search.num_tokens < tokens_per_step:
+        raise ConfigError(
+            f"search.num_tokens={search.num_tokens:g} is less than one step of distill.global_batch_size * "
+            f"data.sequence_length = {tokens_per_step} tokens; give it more, or 0 for no distillation"
+        )
+    if search.num_candidates and config.distill.init_from:
+        raise ConfigError(
+            f"search.num_candidates={search.num_candidates} finds the student's shape, and distill.init_from="
+            f"{config.distill.init_from} has one already; set search.num_candidates=0, or distill.init_from=null"
+        )
+    if search.continue_winner and not (search.num_candidates and search.num_tokens):
+        raise ConfigError(
+            "search.continue_winner=true goes on from a winner that was distilled; set search.num_candidates and "
+            "search.num_tokens, or it to false"
+        )
+    names = [set_name(source) for source in config.data.validation]
+    if search.judge is not None and search.judge not in names:
+        raise ConfigError(f"search.judge={search.judge} is none of the validation sets {names}; choose one of them")
+
+
+def _check_rounds(config: CompressConfig) -> None:
+    """Each round is a config of its own, and no later one may ask for more than an earlier one left."""
+    count = len(config.rounds)
+    if config.export.step is not None:
+        raise ConfigError(
+            f"export.step={config.export.step}: a round prunes the last step of the one before; set it null"
+        )
+    before_export = [Stage.tokenize, Stage.score, Stage.search, Stage.prune, Stage.distill]
+    if config.round is None and (config.until in before_export or config.stage in before_export):
+        key, value = ("stage", config.stage) if config.stage in before_export else ("until", config.until)
+        raise ConfigError(
+            f"{key}={value}: a round needs the export of the one before; choose one with round=1 and so on"
+        )
+    if config.round is not None and not 1 <= config.round <= count:
+        raise ConfigError(f"round={config.round} must be within 1 and the {count} of rounds, or null for all")
+    if config.prune != PruneConfig() or config.distill.init_from:
+        raise ConfigError(
+            "prune.* and distill.init_from belong to a single round; give them inside of rounds, or set rounds=[]"
+        )
+    for number, (one, two) in enumerate(itertools.pairwise(config.rounds), start=2):
+        for key in (f.name for f in fields(PruneConfig)):
+            before, after = getattr(one.prune, key), getattr(two.prune, key)
+            sized = isinstance(before, int | float) and isinstance(after, int | float) and not isinstance(after, bool)
+            grows = sized and after > before and key not in ("min_tokens_per_second", "compensate_sequences")
+            if grows:
+                raise ConfigError(
+                    f"rounds: round {number} has prune.{key}={after:,.0f}, more than the {before:,.0f} of the round "
+                    "before it; rounds go downwards"
+                )
+    for number in range(1, count + 1):
+        try:
+            check(round_config(config, number))
+        except ConfigError as error:
+            raise ConfigError(f"rounds: round {number}: {error}") from error
+
+
+def round_config(config: CompressConfig, number: int) -> CompressConfig:
+    """The config of one of config.rounds, from 1: a run of its own that prunes the student of the round before."""
+    chosen = config.rounds[number - 1]
+    before = None if number == 1 else f"{config.run_dir}/round_{number - 1}/export"
+    adapters = chosen.prune.adapters
+    if not adapters and before is not None:
+        inherited = round_config(config, number - 1).prune.adapters
+        adapters = [f"{before}/adapters/{Path(path).name}" for path in inherited]
+    distill = replace(
+        config.distill,
+        num_tokens=config.distill.num_tokens if chosen.num_tokens is None else chosen.num_tokens,
+        learning_rate=config.distill.learning_rate if chosen.learning_rate is None else chosen.learning_rate,
+    )
+    return replace(
+        config,
+        run_dir=f"{config.run_dir}/round_{number}",
+        prune=replace(chosen.prune, source=chosen.prune.source or before, adapters=adapters),
+        distill=distill,
+        rounds=[],
+        round=None,
+    )
+
+
+def _check_criteria(config: CompressConfig) -> None:
+    wanted = config.prune.width_criterion
+    _check_choice("width", [str(parse_criterion(text)) for text in config.score.width],
+                  wanted and str(parse_criterion(wanted)))  # fmt: skip
+    depth = config.prune.depth_criterion
+    _check_choice("depth", [str(criterion) for criterion in config.score.depth], depth and str(depth))
+
+
+def _check_choice(name: str, scored: list[str], wanted: str | None) -> None:
+    if not scored or len(set(scored)) < len(scored):
+        raise ConfigError(f"score.{name}={scored}: give one criterion at least, and each once")
+    if wanted is not None and wanted not in scored:
+        raise ConfigError(
+            f"prune.{name}_criterion={wanted} is none of score.{name}={scored}; add it there, or choose one of them"
+        )
+
+
+def _check_batches(config: CompressConfig) -> None:
+    distill, length = config.distill, config.data.sequence_length
+    if distill.global_batch_size % distill.micro_batch_size:
+        raise ConfigError(
+            f"distill.global_batch_size={distill.global_batch_size} must be a multiple of "
+            f"distill.micro_batch_size={distill.micro_batch_size}"
+        )
+    if distill.num_tokens < distill.global_batch_size * length:
+        raise ConfigError(
+            f"distill.num_tokens={distill.num_tokens} is less than one step of distill.global_batch_size * "
+            f"data.sequence_length = {distill.global_batch_size * length} tokens; give it more, or a smaller batch"
+        )
+
+
+def _check_sources(split: str, sources: list[SourceConfig]) -> None:
+    if not sources:
+        raise ConfigError(f"data.{split} is empty; give at least one source, such as data.{split}=[{{path: my.jsonl}}]")
+    weights = [s.weight for s in sources]
+    if any(w is not None for w in weights) and not all(w is not None and _positive(w) for w in weights):
+        raise ConfigError(f"data.{split}: weights {weights} must be positive for every source, or given for none")
+    if split != "validation":
+        return
+    names = [set_name(s) for s in sources]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"data.validation: the names {names} must differ; set name= on each source")
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ConfigError(
+                f"data.validation name={name!r} becomes a folder: letters, digits, '-' and '_' only; set "
+                "name= on this source"
+            )
