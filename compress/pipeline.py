@@ -40,7 +40,7 @@ from compress.models import check_same_tokenizer, check_usable
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import round_config
-from compress.settings import CompressConfig, Stage, set_name
+from compress.settings import CompressConfig, PruneConfig, Stage, set_name
 from compress.sources import local_files
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ _TRAINING = (
 )
 _TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
 _LATER_KEYS = ("distill.num_tokens", "distill.min_learning_rate_ratio", "distill.compile")  # not of a candidate's
+# Adapters follow the cut: one that turns out to have lost every layer can be left out without another search.
+_SEARCHED_KEYS = tuple(f"prune.{key.name}" for key in dataclasses.fields(PruneConfig) if key.name != "adapters")
 STAGES: dict[Stage, StageEntry] = {
     Stage.tokenize: StageEntry(
         tokenize.run,
@@ -84,7 +86,7 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.search: StageEntry(
         search.run,
         (Stage.tokenize, Stage.score),
-        ("seed", "compute_dtype", "prune", "shape", "search.num_candidates", "search.num_tokens",
+        ("seed", "compute_dtype", *_SEARCHED_KEYS, "shape", "search.num_candidates", "search.num_tokens",
          "search.num_sequences", "search.judge"),
         lambda _: "search",
     ),

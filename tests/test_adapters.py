@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import FAST, Run
 from families import logits, make_batch, make_model, save_model, student_sizes
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,11 +19,14 @@ from transformers import PreTrainedModel
 
 from compress.adapters import CONFIG, WEIGHTS, read_adapter, slice_adapter
 from compress.architecture import shape_of, with_sizes
+from compress.config import load_config
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.folders import read_model
 from compress.importance import estimate_importance
 from compress.masking import masked
 from compress.models import load_model
+from compress.pipeline import expectations
+from compress.settings import Stage
 from compress.slicing import select, slice_checkpoint
 
 
@@ -196,3 +199,14 @@ def test_an_adapter_of_removed_layers_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="every layer that it adapts is removed"):
         slice_adapter(tmp_path / "adapter", tmp_path / "sliced", info, kept)
     shutil.rmtree(tmp_path / "adapter")
+
+
+def test_leaving_an_adapter_out_asks_for_no_other_search(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    adapt(load_model(teacher, torch.float32), tmp_path / "adapter", target_modules=["q_proj"])
+    settings = [*FAST, f"cache_dir={cache}", "prune.max_parameters=40000", "search.num_candidates=2"]
+    plain, adapted = (
+        expectations(load_config(*settings, f"teacher.path={teacher}", f"prune.adapters=[{adapters}]"))
+        for adapters in ("", tmp_path / "adapter")
+    )
+    assert plain[Stage.search] == adapted[Stage.search]
+    assert plain[Stage.prune]["fingerprint"] != adapted[Stage.prune]["fingerprint"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAST
+from conftest import FAST, Run
 from distributed import on_ranks, torchrun
 from families import make_batch, make_model, rows, save_model
 from safetensors.torch import load_file, save_file
@@ -52,7 +52,10 @@ def write_scores(variant: str, folder: Path, teacher: Path | None) -> None:
     save_file(every_score(variant, teacher), folder / f"{launched().rank}.safetensors")
 
 
-@pytest.mark.parametrize(("variant", "size"), [("llama", 2), ("llama", 3), ("gemma2", 2), ("mixtral", 3)])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("llama", 2), pytest.param("llama", 3, marks=pytest.mark.slow), ("gemma2", 2), ("mixtral", 3)],
+)
 def test_scores_are_the_same_on_any_number_of_ranks(variant: str, size: int, tmp_path: Path) -> None:
     teacher = save_model(tmp_path / "teacher", make_model(variant)) if variant == "llama" else None
     alone = every_score(variant, teacher)
@@ -77,21 +80,23 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_torchrun_scores_and_one_process_goes_on(cache: Path, tmp_path: Path) -> None:
-    settings = [*FAST, f"cache_dir={cache}", "score.width=[activation:l2/mean,taylor]", "score.micro_batch_size=2"]
-    files = {}
-    for name, size in (("one", 1), ("two", 2)):
-        place = [f"run_dir={tmp_path / name}", *settings]
-        for stage, ranks in (("tokenize", 1), ("score", size), ("all", 1)):
-            done = torchrun(ranks, tmp_path, *place, f"stage={stage}")
-            assert done.returncode == 0, done.stderr
-        assert done.stderr.count("score: done before, skipped") == 1
-        files[name] = load_file(tmp_path / name / "score" / "importance.safetensors")
+def test_torchrun_scores_and_one_process_goes_on(run: Run, cache: Path, tmp_path: Path) -> None:
+    settings = ["score.width=[activation:l2/mean,taylor]", "score.micro_batch_size=2"]
+    two = f"run_dir={tmp_path / 'two'}"
+    run(f"run_dir={tmp_path / 'one'}", *settings, "until=score")
+    run(two, *settings, "stage=tokenize")
+    done = torchrun(2, tmp_path, *FAST, f"cache_dir={cache}", two, *settings, "stage=score")
+    assert done.returncode == 0, done.stderr
+    scored = (tmp_path / "two" / "score" / "importance.safetensors").stat().st_mtime_ns
+    run(two, *settings)
+    assert (tmp_path / "two" / "evaluate" / "manifest.json").exists()
+    assert (tmp_path / "two" / "score" / "importance.safetensors").stat().st_mtime_ns == scored, "skipped"
+    files = {name: load_file(tmp_path / name / "score" / "importance.safetensors") for name in ("one", "two")}
     assert files["one"].keys() == files["two"].keys()
     for name, expected in files["one"].items():
         torch.testing.assert_close(files["two"][name], expected, rtol=1e-5, atol=1e-9)
-    one, two = (read(tmp_path / name / "score" / "manifest.json")["fingerprint"] for name in ("one", "two"))
-    assert one == two, "how many ranks scored doesn't matter to what follows"
+    prints = [read(tmp_path / name / "score" / "manifest.json")["fingerprint"] for name in ("one", "two")]
+    assert prints[0] == prints[1], "how many ranks scored doesn't matter to what follows"
 
 
 @pytest.mark.parametrize(
@@ -105,10 +110,12 @@ def test_torchrun_scores_and_one_process_goes_on(cache: Path, tmp_path: Path) ->
         ),
     ],
 )
-def test_ranks_without_work_are_refused(settings: tuple[str, ...], said: str, cache: Path, tmp_path: Path) -> None:
+def test_ranks_without_work_are_refused(
+    settings: tuple[str, ...], said: str, run: Run, cache: Path, tmp_path: Path
+) -> None:
     place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}", "score.micro_batch_size=4"]
     if "stage=score" in settings:  # needs tokens first
-        assert torchrun(1, tmp_path, *place, *settings, "stage=tokenize").returncode == 0
+        run("score.micro_batch_size=4", *settings, "stage=tokenize")
     done = torchrun(2, tmp_path, *place, *settings)
     assert done.returncode != 0
     assert said in done.stderr

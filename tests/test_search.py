@@ -145,6 +145,7 @@ def test_a_recorded_signal_is_the_teachers_and_costs_no_second_pass(
     assert len(recorded.signal(batches[2]).hidden_NE) == int(batches[2].loss_mask.sum()), "another mask, another signal"
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_report(
     spawn: Spawn, run: Run, searched_source: Path, tmp_path: Path
 ) -> None:
