@@ -31,7 +31,12 @@ from benchmarks.common import (
 )
 
 PROCESSES = 5
-CRITERIA = {"scoring": ["activation:l2/mean"], "scoring, weighted l2/l2": ["weighted_activation:l2/l2"]}
+# Contender -> criteria and score.compile.
+CRITERIA: dict[str, tuple[list[str], bool]] = {
+    "scoring, compiled": (["activation:l2/mean"], True),
+    "scoring": (["activation:l2/mean"], False),
+    "scoring, weighted l2/l2, compiled": (["weighted_activation:l2/l2"], True),
+}
 
 
 def prepare(sequences: int, size: int) -> tuple[Any, list[Any]]:
@@ -63,7 +68,8 @@ def run(what: str, model: Any, batches: list[Any]) -> None:
             for batch in batches:
                 trunk(model, batch)
     else:
-        estimate_importance(model, batches, CRITERIA[what])
+        criteria, compiled = CRITERIA[what]
+        estimate_importance(model, batches, criteria, compile=compiled)
 
 
 def peak_above(what: str, sequences: int, size: int) -> int:

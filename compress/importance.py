@@ -10,7 +10,7 @@ it doesn't depend on how sequences are put into batches. Gradients and weights: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,11 @@ from compress.errors import NumericalError
 from compress.families import Family, Shape, family_of_config
 from compress.models import decoder_layers
 from compress.parallel import ALONE, Ranks
+from compress.reductions import BLOCKED, Reductions, compiled
 from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
 from compress.streaming import LayerStream, Progress, sweep
 from compress.tokens import TokenBatch
-
-_BLOCK_ELEMENTS = 1 << 17  # of a CPU's blocks: half a megabyte in float32
-_buffers: dict[tuple[torch.dtype, int], Tensor] = {}
 
 
 class _Running:
@@ -63,66 +61,19 @@ class _Running:
         return self.deviation_X / self.count
 
 
-def aggregate_sequence(values_BTX: Tensor, valid_BT: Tensor | None, aggregation: str) -> Tensor:
-    """mean |s|, sqrt(sum s^2) or population variance over each sequence's real tokens; (B, X), in float32 or better.
-
-    `valid_BT` None means that all tokens are real. Every sequence must have a real token.
-    """
-    dtype = torch.promote_types(values_BTX.dtype, torch.float32)
-    result_BX = torch.empty(values_BTX.shape[0], values_BTX.shape[2], dtype=dtype, device=values_BTX.device)
-    for sequence, values_TX in enumerate(values_BTX):
-        real_TX = values_TX if valid_BT is None else values_TX[valid_BT[sequence]]
-        result_BX[sequence] = _aggregate(real_TX, aggregation, dtype)
-    return result_BX
-
-
-def _aggregate(values_TX: Tensor, aggregation: str, dtype: torch.dtype) -> Tensor:
-    if aggregation == "mean":
-        return _column_sums(values_TX, torch.Tensor.abs_, dtype) / len(values_TX)
-    if aggregation == "l2":
-        return _column_sums(values_TX, torch.Tensor.square_, dtype).sqrt()
-    mean_X = _column_sums(values_TX, lambda block: block, dtype) / len(values_TX)
-    return _column_sums(values_TX, lambda block: block.sub_(mean_X).square_(), dtype) / len(values_TX)
-
-
-def _column_sums(values_TX: Tensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension of what `change` makes of it."""
-    sums_X = values_TX.new_zeros(values_TX.shape[1], dtype=dtype)
-    for block in _blocks(values_TX, dtype):
-        sums_X += change(block).sum(0)
-    return sums_X
-
-
-def _blocks(values_NX: Tensor, dtype: torch.dtype, buffer: int = 0) -> Iterator[Tensor]:
-    """Copies of consecutive rows in `dtype`, to be overwritten: on a CPU as large as its cache and in the same place,
-    so that memory is read once and none is taken; elsewhere the whole."""
-    if values_NX.device.type != "cpu":
-        yield values_NX.to(dtype, copy=True)
-        return
-    rows = max(1, _BLOCK_ELEMENTS // values_NX.shape[1])
-    place = _buffers.setdefault((dtype, buffer), torch.empty(0, dtype=dtype))
-    if place.numel() < rows * values_NX.shape[1]:
-        place = _buffers[dtype, buffer] = torch.empty(rows * values_NX.shape[1], dtype=dtype)
-    for part in values_NX.split(rows):
-        yield place[: part.numel()].view(part.shape).copy_(part)
-
-
-def _angles(before_ND: Tensor, after_ND: Tensor) -> float:
-    """Sum over tokens of 1 - cosine, in float32."""
-    total = 0.0
-    pairs = zip(_blocks(before_ND, torch.float32), _blocks(after_ND, torch.float32, 1), strict=True)
-    for one, other in pairs:
-        lengths_N = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
-        cosine_N = one.mul_(other).sum(-1) / lengths_N.clamp_min_(1e-8)
-        total += (1 - cosine_N).sum(dtype=torch.float64).item()
-    return total
-
-
 class Listener:
     """The hooks of one pass over layers that may come and go: names as in the whole model, layer by layer."""
 
-    def __init__(self, family: Family, num_layers: int, aggregations: Sequence[str], similarity: bool = False) -> None:
+    def __init__(
+        self,
+        family: Family,
+        num_layers: int,
+        aggregations: Sequence[str],
+        reductions: Reductions,
+        similarity: bool = False,
+    ) -> None:
         self.where = taps(family)
+        self.reductions = reductions
         self.aggregations = aggregations
         self.scores: dict[tuple[str, str], _Running] = {}  # (module, aggregation over the sequence)
         self.routed_norm: dict[str, Tensor] = {}  # module of the experts -> (E,) sum of output norms
@@ -166,7 +117,7 @@ class Listener:
             values_BTX = values_BTX[self.real_B]
         for aggregation in self.aggregations:
             running = self.scores.setdefault((name, aggregation), _Running())
-            running.add(aggregate_sequence(values_BTX, self.valid_BT, aggregation))
+            running.add(self.reductions.aggregate(values_BTX, self.valid_BT, aggregation))
 
     def _hook(self, layer: nn.Module, name: str, number: int, of_output: bool) -> Callable[[], None]:
         def hook(_module: Any, arguments: Any, output: Tensor) -> None:
@@ -183,9 +134,9 @@ class Listener:
                 self.similarity.add(number, before_BTD, after_BTD, self.all_valid_BT)
             real_BT = self.all_valid_BT
             if bool(real_BT.all()):
-                self.angle_L[number] += _angles(before_BTD.flatten(0, 1), after_BTD.flatten(0, 1))
+                self.angle_L[number] += self.reductions.angles(before_BTD.flatten(0, 1), after_BTD.flatten(0, 1))
             else:
-                self.angle_L[number] += _angles(before_BTD[real_BT], after_BTD[real_BT])
+                self.angle_L[number] += self.reductions.angles(before_BTD[real_BT], after_BTD[real_BT])
 
         return hook
 
@@ -404,6 +355,7 @@ def estimate_importance(
     *,
     similarity: bool = False,
     ranks: Ranks = ALONE,
+    compile: bool = False,
 ) -> Importance:
     """Scores of every axis from one forward pass of the trunk; the output head doesn't run.
 
@@ -419,6 +371,7 @@ def estimate_importance(
             and not only how large it is.
         similarity: also the mean cosine between the stream at any two depths, for contiguous blocks of layers.
         ranks: every rank calls this with the same batches, runs its share of them, and returns the scores of all.
+        compile: reduce by compiled kernels (`reductions.compiled`).
 
     Raises NumericalError when a score isn't finite or no batch has a real token.
     """
@@ -427,7 +380,7 @@ def estimate_importance(
     family, shape = family_of_config(model.config), shape_of(model.config)
     layers = decoder_layers(model)
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
-    listener = Listener(family, shape.num_hidden_layers, aggregations, similarity)
+    listener = Listener(family, shape.num_hidden_layers, aggregations, compiled() if compile else BLOCKED, similarity)
     training = model.training
     model.eval()
     undo = [remove for number, layer in enumerate(layers) for remove in listener.attach(layer, number)]
@@ -456,6 +409,7 @@ def stream_importance(
     trust_remote_code: bool = False,
     progress: Progress = lambda steps, total: steps,
     ranks: Ranks = ALONE,
+    compile: bool = False,
 ) -> Importance:
     """The scores of `estimate_importance`, bit for bit, with one layer of the model in memory at a time.
 
@@ -467,7 +421,7 @@ def stream_importance(
     stream = LayerStream(info, dtype, trust_remote_code)
     batches = [batch for batch in ranks.mine(batches) if bool(batch.valid_mask.any())]
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
-    listener = Listener(info.family, stream.num_layers, aggregations)
+    listener = Listener(info.family, stream.num_layers, aggregations, compiled() if compile else BLOCKED)
     weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
     norms: list[dict[str, Tensor]] = []
     first = True

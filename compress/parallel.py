@@ -169,13 +169,11 @@ def single_process_mesh() -> Iterator[DeviceMesh]:
             dist.destroy_process_group()
 
 
-def check_compiler() -> None:
-    """Raise ConfigError where torch.compile has no C++ compiler to work with."""
+def check_compiler(key: str) -> None:
+    """Raise ConfigError, naming the setting, where torch.compile has no C++ compiler to work with."""
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     if not torch.cuda.is_available() and not any(name and shutil.which(name) for name in names):
-        raise ConfigError(
-            "distill.compile=true needs a C++ compiler (g++ or clang++, or CXX=); install one or set it false"
-        )
+        raise ConfigError(f"{key}=true needs a C++ compiler (g++ or clang++, or CXX=); install one or set it false")
 
 
 def recompute_layers(model: PreTrainedModel) -> None:

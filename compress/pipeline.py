@@ -149,7 +149,9 @@ def run(config: CompressConfig) -> None:
             evaluate.preflight(config)
         _check_models(config)
         if config.distill.compile and Stage.distill in todo:
-            check_compiler()
+            check_compiler("distill.compile")
+        if config.score.compile and Stage.score in todo:
+            check_compiler("score.compile")
     for stage in chosen:
         if stage not in todo:
             log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))

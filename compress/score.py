@@ -203,7 +203,7 @@ def _activations(
     wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
     similarity = DepthCriterion.block_cosine in config.score.depth
     batches = _tracked(config, tokens, "activations")
-    return estimate_importance(model, batches, wanted, similarity=similarity, ranks=ranks)
+    return estimate_importance(model, batches, wanted, similarity=similarity, ranks=ranks, compile=config.score.compile)
 
 
 def _streamed(
@@ -226,6 +226,7 @@ def _streamed(
             wanted,
             spill=spill,
             ranks=ranks,
+            compile=config.score.compile,
             trust_remote_code=config.teacher.trust_remote_code,
             progress=lambda steps, total: track(
                 steps, f"scoring {config.score.num_sequences} sequences, a layer at a time", total, "tok",

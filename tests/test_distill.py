@@ -155,3 +155,6 @@ def test_compile_without_a_compiler_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=r"distill.compile=true needs a C\+\+ compiler .* or set it false"):
         pipeline.run(_config(folder, "distill.compile=true"))
     assert not (folder / "run" / "distill").exists()
+    shutil.rmtree(folder / "run" / "score")
+    with pytest.raises(ConfigError, match=r"score.compile=true needs a C\+\+ compiler .* or set it false"):
+        pipeline.run(_config(folder, "score.compile=true", "stage=score"))

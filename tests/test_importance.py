@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,7 @@ from compress.criteria import AGGREGATIONS, parse_criterion
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.families import AXES
 from compress.importance import estimate_importance
+from compress.reductions import _KERNELS, aggregate_sequence
 from compress.scores import Importance, LayerRemovals, load_importance, save_importance
 from compress.tokens import TokenBatch
 
@@ -118,6 +120,27 @@ def test_all_pairs_of_one_pass_are_those_of_a_pass_each() -> None:
         alone = estimate_importance(model, [batch], [pair])
         for axis, scores in alone.width().items():
             assert torch.equal(scores, together.width(pair)[axis]), (pair, axis)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need g++")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_kernels_give_the_same_scores(dtype: torch.dtype) -> None:
+    """Also where some tokens are padding, and what padding holds counts for nothing."""
+    for variant in ("qwen3-biases", "mixtral"):
+        model = make_model(variant, dtype=dtype)
+        for padded in (False, True):
+            batch = make_batch(5, 12, padded=padded)
+            blocked, compiled = (estimate_importance(model, [batch], PAIRS, compile=how) for how in (False, True))
+            assert_close(compiled, blocked)
+
+
+def test_padding_that_is_not_finite_counts_for_nothing_in_either_way() -> None:
+    values = torch.randn(2, 6, 5).index_fill_(1, torch.tensor([4, 5]), float("nan"))
+    valid = torch.ones(2, 6, dtype=torch.bool).index_fill_(1, torch.tensor([4, 5]), False)
+    for name, kernel in _KERNELS.items():
+        expected = aggregate_sequence(values[:, :4], None, name)
+        torch.testing.assert_close(kernel(values, valid), expected)
+        torch.testing.assert_close(aggregate_sequence(values, valid, name), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,140 @@
+"""What activations are reduced to while they are at hand: numbers per unit and sequence, and angles between states.
+
+Two ways, the same to the last bits of float32: in blocks that stay in a CPU's cache, and as one compiled kernel each,
+which reads every activation once and takes no memory (half a scoring pass's surplus; benchmarks/scoring.py).
+"""
+
+# B sequences, T tokens, N tokens of a batch, D hidden, X units
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 17  # of a CPU's blocks: half a megabyte in float32
+_buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """One way of doing it.
+
+    aggregate: (values (B, T, X), which tokens are real (B, T) or None for all, aggregation) -> (B, X) in float32 or
+        better: mean |s|, sqrt(sum s^2) or population variance over each sequence's real tokens, of which every
+        sequence must have one.
+    angles: (states (N, D), states (N, D)) -> sum over tokens of 1 - cosine, in float32.
+    """
+
+    aggregate: Callable[[Tensor, Tensor | None, str], Tensor]
+    angles: Callable[[Tensor, Tensor], float]
+
+
+def aggregate_sequence(values_BTX: Tensor, valid_BT: Tensor | None, aggregation: str) -> Tensor:
+    """`Reductions.aggregate` in blocks."""
+    dtype = torch.promote_types(values_BTX.dtype, torch.float32)
+    result_BX = torch.empty(values_BTX.shape[0], values_BTX.shape[2], dtype=dtype, device=values_BTX.device)
+    for sequence, values_TX in enumerate(values_BTX):
+        real_TX = values_TX if valid_BT is None else values_TX[valid_BT[sequence]]
+        result_BX[sequence] = _aggregate(real_TX, aggregation, dtype)
+    return result_BX
+
+
+def _aggregate(values_TX: Tensor, aggregation: str, dtype: torch.dtype) -> Tensor:
+    if aggregation == "mean":
+        return _column_sums(values_TX, torch.Tensor.abs_, dtype) / len(values_TX)
+    if aggregation == "l2":
+        return _column_sums(values_TX, torch.Tensor.square_, dtype).sqrt()
+    mean_X = _column_sums(values_TX, lambda block: block, dtype) / len(values_TX)
+    return _column_sums(values_TX, lambda block: block.sub_(mean_X).square_(), dtype) / len(values_TX)
+
+
+def _column_sums(values_TX: Tensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """Sum over the first dimension of what `change` makes of it."""
+    sums_X = values_TX.new_zeros(values_TX.shape[1], dtype=dtype)
+    for block in _blocks(values_TX, dtype):
+        sums_X += change(block).sum(0)
+    return sums_X
+
+
+def _blocks(values_NX: Tensor, dtype: torch.dtype, buffer: int = 0) -> Iterator[Tensor]:
+    """Copies of consecutive rows in `dtype`, to be overwritten: on a CPU as large as its cache and in the same place,
+    so that memory is read once and none is taken; elsewhere the whole."""
+    if values_NX.device.type != "cpu":
+        yield values_NX.to(dtype, copy=True)
+        return
+    rows = max(1, _BLOCK_ELEMENTS // values_NX.shape[1])
+    place = _buffers.setdefault((dtype, buffer), torch.empty(0, dtype=dtype))
+    if place.numel() < rows * values_NX.shape[1]:
+        place = _buffers[dtype, buffer] = torch.empty(rows * values_NX.shape[1], dtype=dtype)
+    for part in values_NX.split(rows):
+        yield place[: part.numel()].view(part.shape).copy_(part)
+
+
+def angles(before_ND: Tensor, after_ND: Tensor) -> float:
+    """`Reductions.angles` in blocks."""
+    total = 0.0
+    pairs = zip(_blocks(before_ND, torch.float32), _blocks(after_ND, torch.float32, 1), strict=True)
+    for one, other in pairs:
+        lengths_N = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
+        cosine_N = one.mul_(other).sum(-1) / lengths_N.clamp_min_(1e-8)
+        total += (1 - cosine_N).sum(dtype=torch.float64).item()
+    return total
+
+
+BLOCKED = Reductions(aggregate_sequence, angles)
+
+
+@functools.cache
+def compiled() -> Reductions:
+    """The same by torch.compile, for any sizes; seconds on the first use of each. Needs a C++ compiler on a CPU."""
+    fused = {name: torch.compile(kernel, dynamic=True) for name, kernel in _KERNELS.items()}
+    fused_angles = torch.compile(_angles_kernel, dynamic=True)
+
+    def aggregate(values_BTX: Tensor, valid_BT: Tensor | None, aggregation: str) -> Tensor:
+        result: Tensor = fused[aggregation](values_BTX, valid_BT)
+        return result
+
+    def angles_of(before_ND: Tensor, after_ND: Tensor) -> float:
+        return float(fused_angles(before_ND, after_ND).item())
+
+    return Reductions(aggregate, angles_of)
+
+
+def _in_float(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _sum(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
+    # Chosen, not multiplied: what padding holds may not be finite.
+    return (values_BTX if valid_BT is None else torch.where(valid_BT[:, :, None], values_BTX, 0)).sum(1)
+
+
+def _count(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor | int:
+    return values_BTX.shape[1] if valid_BT is None else valid_BT.sum(1, keepdim=True)
+
+
+def _mean_kernel(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
+    return _sum(_in_float(values_BTX).abs(), valid_BT) / _count(values_BTX, valid_BT)
+
+
+def _l2_kernel(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
+    return _sum(_in_float(values_BTX).square(), valid_BT).sqrt()
+
+
+def _variance_kernel(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
+    count, values_BTX = _count(values_BTX, valid_BT), _in_float(values_BTX)
+    mean_BX = _sum(values_BTX, valid_BT) / count
+    return _sum((values_BTX - mean_BX[:, None]).square(), valid_BT) / count
+
+
+_KERNELS = {"mean": _mean_kernel, "l2": _l2_kernel, "variance": _variance_kernel}
+
+
+def _angles_kernel(before_ND: Tensor, after_ND: Tensor) -> Tensor:
+    one_ND, other_ND = _in_float(before_ND), _in_float(after_ND)
+    lengths_N = one_ND.square().sum(-1).sqrt() * other_ND.square().sum(-1).sqrt()
+    return (1 - (one_ND * other_ND).sum(-1) / lengths_N.clamp_min(1e-8)).double().sum()
