@@ -86,8 +86,8 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.search: StageEntry(
         search.run,
         (Stage.tokenize, Stage.score),
-        ("seed", "compute_dtype", *_SEARCHED_KEYS, "shape", "search.num_candidates", "search.num_tokens",
-         "search.num_sequences", "search.judge"),
+        ("seed", "compute_dtype", *_SEARCHED_KEYS, "shape", "search.num_candidates", "search.num_distilled",
+         "search.num_tokens", "search.num_sequences", "search.judge"),
         lambda _: "search",
     ),
     Stage.prune: StageEntry(

@@ -87,7 +87,7 @@ def angles(before_ND: Tensor, after_ND: Tensor) -> float:
 def _angle_sum(one_N: Tensor, other_N: Tensor, between_N: Tensor) -> Tensor:
     """Sum of 1 - cosine from the lengths of two vectors and of their difference.
 
-    By (|a - b|^2 - (|a| - |b|)^2) / 2|a||b|, since 1 - a.b / |a||b| is the small difference of two large numbers: a layer
+    By (|a - b|^2 - (|a| - |b|)^2) / 2|a||b|, since 1 - a.b / |a||b| is a small difference of two large numbers: a layer
     that hardly turns the stream would have its fifth digit from rounding.
     """
     one_N, other_N, between_N = one_N.double(), other_N.double(), between_N.double()

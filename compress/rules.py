@@ -141,6 +141,11 @@ def _check_budget(config: CompressConfig) -> None:
             f"search.num_tokens={search.num_tokens:g} is less than one step of distill.global_batch_size * "
             f"data.sequence_length = {tokens_per_step} tokens; give it more, or 0 for no distillation"
         )
+    if search.num_distilled is not None and not 2 <= search.num_distilled <= search.num_candidates:
+        raise ConfigError(
+            f"search.num_distilled={search.num_distilled} must be within 2 and search.num_candidates="
+            f"{search.num_candidates}, from which they are chosen; null distils them all"
+        )
     if search.num_candidates and config.distill.init_from:
         raise ConfigError(
             f"search.num_candidates={search.num_candidates} finds the student's shape, and distill.init_from="

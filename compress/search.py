@@ -1,9 +1,10 @@
 """Stage search: the best shape within a budget, by measurement.
 
-The best predicted shapes are cut and compared by their KL to the teacher; the better half is distilled for a few
-tokens and compared again, and so on with twice the tokens until one is left (successive halving, Jamieson and
-Talwalkar, arXiv 1502.07943). All candidates see the same sequences, so one pass of the teacher serves them all: its
-signals are kept on disk. Each figure is committed alone, so that a killed search goes on where it was.
+The best predicted shapes are cut and compared by their KL to the teacher; the best search.num_distilled of them are
+distilled for a few tokens and compared again, the better half goes on to twice the tokens, and so on until one is left
+(successive halving, Jamieson and Talwalkar, arXiv 1502.07943). All candidates see the same sequences, so one pass of
+the teacher serves them all: its signals are kept on disk. Each figure is committed alone, so that a killed search goes
+on where it was.
 """
 
 # S sequences that candidates are compared on, C candidates, R resamples
@@ -133,7 +134,7 @@ def disk_bytes(config: CompressConfig, info: ModelInfo, teacher_hidden_size: int
     """At most: the candidates' weights, a checkpoint for each that is trained and one more, what the teacher says."""
     search = config.search
     parameters = min(num_parameters(info, info.shape), config.prune.max_parameters or math.inf)
-    trained = len(_halved(range(search.num_candidates), 0)) if search.num_tokens else 0
+    trained = num_distilled(config, search.num_candidates) if search.num_tokens else 0
     rounds = math.ceil(math.log2(max(2, trained)))
     signal_tokens = search.num_tokens * 2 ** (rounds - 1) + search.num_sequences * config.data.sequence_length
     itemsize = resolve_dtype(config.compute_dtype).itemsize
@@ -163,7 +164,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         _log_round(rounds[-1])
         if not config.search.num_tokens or (num_tokens and len(names) <= 2):
             break
-        names = _halved(rounds[-1].order(), num_tokens)
+        names = rounds[-1].order()
+        names = names[: _num_left(config, len(names), num_tokens)]
         num_tokens = 2 * num_tokens or int(config.search.num_tokens)
     winner = rounds[-1].order()[0]
     if num_tokens and not (folder / "winner").exists():  # it is built as a whole, and its checkpoint goes below
@@ -198,7 +200,7 @@ def _last_tokens(config: CompressConfig) -> int:
     """How far the candidates of the last round are trained."""
     left, tokens = config.search.num_candidates, 0
     while config.search.num_tokens and not (tokens and left <= 2):
-        left = len(_halved(range(left), tokens))
+        left = _num_left(config, left, tokens)
         tokens = 2 * tokens or int(config.search.num_tokens)
     return tokens
 
@@ -209,9 +211,18 @@ def _order(config: CompressConfig, data: TokenSet, num_steps: int) -> SequenceOr
     return SequenceOrder(data.source_sizes, source_weights(config), total, seed=config.seed + 1)
 
 
-def _halved(names: Sequence[Any], num_tokens: int) -> list[Any]:
-    """The better half, rounded up; of the untrained two at least, since training may turn their order round."""
-    return list(names[: max(1 if num_tokens else 2, math.ceil(len(names) / 2))])
+def num_distilled(config: CompressConfig, num_candidates: int) -> int:
+    """How many of the candidates that were measured untrained are distilled."""
+    return min(num_candidates, config.search.num_distilled or num_candidates)
+
+
+def _num_left(config: CompressConfig, count: int, num_tokens: int) -> int:
+    """How many go on from `count` that were compared after `num_tokens`: of the trained ones the better half.
+
+    Of the untrained ones all, unless search.num_distilled says otherwise: what pruning costs at once says little of
+    what training wins back (benchmarks/shapes.py).
+    """
+    return math.ceil(count / 2) if num_tokens else num_distilled(config, count)
 
 
 # -- which shapes are measured

@@ -171,10 +171,11 @@ class ShapeConfig:
 
 @dataclass
 class SearchConfig:
-    """Choosing among the shapes of a budget by measurement: cut, compare, distil the better half a little, repeat."""
+    """Choosing among the shapes of a budget by measurement: cut, compare, distil a little, halve, repeat."""
 
     num_candidates: int = 0  # of the best predicted shapes, cut and measured; 0 = the best predicted is taken
     num_tokens: Size = 0.0  # of the first round's short distillation, each round twice the last; 0 = none
+    num_distilled: int | None = None  # of the candidates, the best untrained ones that are distilled; none = all
     num_sequences: int = 32  # that candidates are compared on
     judge: str | None = None  # the validation set these come from; none = the first
     continue_winner: bool = False  # distill goes on from the winner's trained weights instead of prune's

@@ -31,7 +31,8 @@ from compress.tokens import TokenSet
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 SHAPE = ("prune.num_hidden_layers=null", "prune.intermediate_size=null", "prune.max_parameters=160000")
-SEARCH = (*SHAPE, "search.num_candidates=5", "search.num_tokens=1024", "search.num_sequences=6")
+SEARCH = (*SHAPE, "search.num_candidates=5", "search.num_distilled=3", "search.num_tokens=1024",
+          "search.num_sequences=6")  # fmt: skip
 
 
 def read(path: Path) -> Any:
@@ -76,6 +77,20 @@ def test_rounds_halve_the_candidates_double_the_tokens_and_the_winner_is_cut(sea
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), "prune/ stays untrained"
     left = {path.name for path in (searched_source / "search").iterdir()}
     assert left == {"candidates", "figures", "winner", "report.json", "manifest.json"}
+
+
+def test_untrained_candidates_are_left_out_only_where_the_settings_say_so() -> None:
+    """And then each round has half of the one before, down to one pair."""
+    for settings, expected in (
+        (("search.num_distilled=null",), [5, 3, 2]),
+        ((), [3, 2]),
+        (("search.num_distilled=2",), [2]),
+    ):
+        config, left, counts = load_config("recipe=tiny", *SEARCH, *settings), 5, []
+        while not counts or left > 2:
+            left = search._num_left(config, left, 1024 if counts else 0)
+            counts.append(left)
+        assert counts == expected
 
 
 def test_the_figures_are_the_kl_that_evaluate_measures(searched_source: Path) -> None:
