@@ -80,6 +80,26 @@ def check_student(
     }
 
 
+def describe_export(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Points 1, 2 and 4 for a trained student that was reloaded strictly; its logits are its own by then.
+
+    Raises ArtifactError for tensors that the table doesn't ask for, or that are missing.
+    """
+    student = read_model(folder, trust_remote_code)
+    return {
+        "strict_load": True,
+        "num_parameters": sum(math.prod(tensor.shape) for tensor in student.tensors.values()),
+        "engines": engine_report(student.family.model_type, student.shape),
+    }
+
+
+def log_engines(contract: Mapping[str, Any]) -> None:
+    """Which inference engines the sizes suit, and why not."""
+    for engine in contract["engines"].values():
+        reason = f": {'; '.join(engine['why'])}" if engine["why"] else ""
+        log.info("sizes for %s: %s%s", engine["title"], engine["runs"], reason)
+
+
 @torch.no_grad()
 def streamed_logits(
     stream: LayerStream,

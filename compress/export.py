@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from compress import checkpoint
-from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents
+from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents, write_json
+from compress.contract import describe_export, log_engines
 from compress.distill import num_steps
 from compress.errors import ArtifactError, ConfigError
-from compress.folders import read_model
 from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
@@ -21,6 +21,7 @@ from compress.slicing import copy_companions
 from compress.targets import ADAPTERS
 
 log = logging.getLogger(__name__)
+REPORT = "report.json"
 
 
 def folder_name(config: CompressConfig) -> str:
@@ -82,8 +83,10 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             shutil.copytree(pruned / ADAPTERS, folder / ADAPTERS)
         open_permissions(folder)
         _check_reloaded(folder, model, trust)
-        read_model(folder, trust)  # its tensors are those of the table, and no others
+        contract = describe_export(folder, trust)
+        write_json(folder / REPORT, {"step": facts["step"], "num_tokens": facts["tokens"], "contract": contract})
     replace_contents(run_dir / f".{target.name}-new", target)
+    log_engines(contract)
     log.info("exported step %d (%d tokens) to %s", facts["step"], facts["tokens"], target)
 
 

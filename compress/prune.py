@@ -18,7 +18,7 @@ from compress.architecture import (
     num_parameters,
 )
 from compress.artifacts import building_folder, replace_contents, write_json
-from compress.contract import check_student
+from compress.contract import check_student, log_engines
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
 from compress.inputs import source_of, streams
@@ -93,19 +93,13 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             for adapter in map(Path, config.prune.adapters):
                 slice_adapter(adapter.expanduser(), folder / ADAPTERS / adapter.name, info, kept)
             contract = check_student(folder, info, kept, replaced, config.teacher.trust_remote_code, whole=whole)
-            _log_engines(contract["engines"])
+            log_engines(contract)
             report = _report(config, info, importance, shape, gone, candidates)
             write_json(folder / REPORT, {**report, "contract": contract})
         replace_contents(building, run_dir / "prune")
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(spill, ignore_errors=True)
-
-
-def _log_engines(engines: dict[str, dict[str, Any]]) -> None:
-    for engine in engines.values():
-        reason = f": {'; '.join(engine['why'])}" if engine["why"] else ""
-        log.info("sizes for %s: %s%s", engine["title"], engine["runs"], reason)
 
 
 def _sizes(shape: Shape) -> str:

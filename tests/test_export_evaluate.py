@@ -51,6 +51,13 @@ def test_the_export_loads_strictly_and_says_what_the_trained_student_says(finish
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, student(ids).logits)
 
+    report = json.loads((finished / "export" / "report.json").read_text())
+    facts = json.loads((finished / "prune" / "report.json").read_text())
+    assert report["contract"]["num_parameters"] == facts["student"]["num_parameters"]
+    assert report["contract"]["engines"] == facts["contract"]["engines"]
+    last = json.loads((finished / "distill" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report["step"] == last["step"]
+
 
 def test_every_other_file_of_the_teacher_comes_along_and_the_umask_decides_who_reads(
     teacher: Path, run: Run, tmp_path: Path
