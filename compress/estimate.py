@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from compress.architecture import num_parameters, with_sizes
+from compress.depth import removal_reach
 from compress.embedded import resolve
 from compress.folders import read_model
 from compress.inputs import source_of
@@ -21,6 +22,7 @@ from compress.targets import given_sizes
 # Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
 FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
 TEXT_BYTES_PER_SECOND = 0.6e6
+LAZY_SHARE = 0.3  # of the layers that are left, those that lazy greedy removal tries again after each one
 OVERHEAD_SECONDS = 6.0  # imports, loading, saving
 
 
@@ -45,23 +47,25 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     student = num_parameters(info, with_sizes(info.shape, sizes))
     student = min(student, int(config.prune.max_parameters or student), int((config.prune.max_bytes or 1e30) / 2))
     speed = flops_per_second(resolve_dtype(config.compute_dtype))
-    score = 2 * teacher * config.score.num_sequences * length
+    score: float = 2 * teacher * config.score.num_sequences * length
     measured = [criterion for criterion in config.score.depth if criterion.is_measured]
     if measured:
-        removed = layers - (config.prune.num_hidden_layers or config.score.max_removed_layers or layers // 2)
-        trials = sum(removed if criterion.endswith(("_greedy", "_block")) else 1 for criterion in measured)
+        reach = removal_reach(layers, config.prune.num_hidden_layers, config.score.max_removed_layers)
+        passes = {"_greedy": 1 + reach * LAZY_SHARE, "_block": reach}
+        trials = sum(next((n for end, n in passes.items() if kind.endswith(end)), 1) for kind in measured)
         score += trials * layers * teacher * config.score.depth_sequences * length
     compensate = 0.0
     if config.prune.compensate:  # products of float32 that need no efficiency taken off, at about a sixth of bfloat16's
         tokens = config.prune.compensate_sequences * length
         compensate = tokens * (2 * teacher / FORWARD_EFFICIENCY + 6 * 2 * layers * info.shape.intermediate_size**2)
     evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
-    search, half = config.search, -(-config.search.num_candidates // 2)
+    search = config.search
+    distilled = search.num_distilled or search.num_candidates
     flops = {
         Stage.score: score / FORWARD_EFFICIENCY,
         Stage.search: search.num_candidates * (compensate + 2 * student * search.num_sequences * length)
-        # Halving: every round has half of the candidates and twice the tokens, the teacher's pass being shared.
-        + max(1, half.bit_length() - 1) * half * search.num_tokens * 6 * student / STEP_EFFICIENCY,
+        # Each later round has half of the candidates and brings them as far again, the teacher's pass being shared.
+        + max(1, distilled.bit_length() / 2) * distilled * search.num_tokens * 6 * student / STEP_EFFICIENCY,
         Stage.prune: compensate,
         Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
         # The float32 softmax over the vocabulary takes as long again as the products.
