@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from compress.memory import Layout, saved_bytes, step_memory
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -188,3 +191,14 @@ def test_recomputing_changes_memory_and_nothing_else(run: Run, finished_source: 
     ours, theirs = (folder / "export" / "model.safetensors" for folder in (tmp_path / "run", finished_source))
     assert ours.read_bytes() == theirs.read_bytes()
     run("distill.recompute=false", "until=export")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llama31_8b_to_4b_width", "llama31_8b_to_4b_depth"])
+def test_the_8b_recipes_are_within_ten_per_cent_of_torchs_own_tracker(recipe: str) -> None:
+    """FSDPMemTracker on fake tensors in a fake group of 64 ranks, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.plan", "--worker", "tracker", recipe]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    planned_bytes = sum(size for part, size in found["parts"].items() if part != "moment")
+    assert planned_bytes == pytest.approx(found["measured_bytes"], rel=0.1)
