@@ -1,15 +1,16 @@
 """Which criterion, and is it better than ModelOpt's: SmolLM2-135M to about 100 M parameters by every one of them.
 
     python -m benchmarks.criteria                        # from the repository's root; about 70 min on two idle cores
-    python -m benchmarks.criteria --only width           # or depth, final; parts that are done are skipped
+    python -m benchmarks.criteria --only width           # or depth, options, final; parts that are done are skipped
     python -m benchmarks.criteria --num-tokens 512 --final-tokens 512 --set score.depth_sequences=4   # does it run
 
-Three tables from one set of scores (the recipe smollm2_135m_to_100m, 64 calibration sequences):
+Four tables from one set of scores (the recipe smollm2_135m_to_100m, 64 calibration sequences):
 
     width   every width criterion cuts the MLPs to 864 (99.7 M parameters), is distilled for --num-tokens and judged on
             the selection set. Beside it, untrained on calibration text, the KL when it cuts the hidden size to 432, or
             three of nine heads with their key-value group.
     depth   the same for every depth criterion and 20 of 30 layers (99.1 M).
+    options what merging heads and compensating change, at 6 of 9 heads and MLPs of 992 (99.7 M).
     final   three seeds of --final-tokens: the winner of this project's search against the two models that ModelOpt 0.43
             itself chose and cut within 100 M (benchmarks/modelopt_choice.py), with its own divisors and with finer
             ones; the search may use no more parameters than the smaller of the two. Chosen on the selection set by
@@ -38,6 +39,7 @@ from benchmarks.common import (
     machine,
     peer_python,
     pipeline_arguments,
+    revision,
     share_stages,
     stage_seconds,
     start_as_the_makefile_does,
@@ -57,6 +59,9 @@ WIDTH = [
     "weight_magnitude",
 ]
 DEPTH = ["block_influence", "block_cosine", "loss", "loss_greedy", "nmse", "nmse_greedy", "kl", "kl_greedy", "task"]
+# What may be done to the weights beside cutting them, at a shape that loses a third of the heads and of the MLPs.
+OPTIONS = {"cut only": [], "heads merged": ["prune.merge_heads=true"], "compensated": ["prune.compensate=true"]}
+OPTIONS_SHAPE = ["prune.num_attention_heads=6", "prune.intermediate_size=992"]
 ALONE = {"hidden 432": {"hidden_size": 432}, "6 heads": {"num_attention_heads": 6, "num_key_value_heads": 2}}
 MODELOPT = ("torch==2.13.0", "transformers==5.23.0", "nvidia-modelopt==0.43.0", "megatron-core==0.16.1", "psutil",
             "requests")  # fmt: skip
@@ -113,6 +118,7 @@ def row_of(name: str, settings: Sequence[str], previous: dict[str, Any] | None, 
     shutil.rmtree(run_dir / "export")
     return {
         "fingerprint": fingerprint,
+        "revision": revision(),
         "parameters": metrics["distilled"]["parameters"],
         "num_tokens": int(config.distill.num_tokens),
         "sets": sets,
@@ -186,20 +192,24 @@ def modelopt(work: Path, teacher: Path, divisors: str, cache: Path) -> tuple[Pat
 
 
 def criterion_rows(kind: str, rows: dict[str, Any], base: Path, settings: list[str], runs: Path, save: Any) -> None:
-    """One row for each of WIDTH or DEPTH into `rows`."""
+    """One row for each of WIDTH, DEPTH or OPTIONS into `rows`."""
     from compress.config import load_config
     from compress.folders import read_model
     from compress.inputs import source_of
     from compress.targets import importance_of
 
     importance = importance_of(base, read_model(source_of(load_config(*settings)), trust_remote_code=False))
-    for name in WIDTH if kind == "width" else DEPTH:
-        run_dir = runs / f"{kind}_{name.replace(':', '_').replace('/', '_')}"
+    best = 'prune.width_criterion="weighted_activation:l2/l2"'
+    for name in {"width": WIDTH, "depth": DEPTH, "options": list(OPTIONS)}[kind]:
+        run_dir = runs / f"{kind}_{name.replace(':', '_').replace('/', '_').replace(' ', '_')}"
+        plain = "prune.compensate=false"
         if kind == "width":
-            shape = ["prune.intermediate_size=864", f'prune.width_criterion="{name}"']
+            shape = [plain, "prune.intermediate_size=864", f'prune.width_criterion="{name}"']
+        elif kind == "depth":
+            shape = [plain, f"prune.removed_layers={importance.depth(name).of(REMOVED)}".replace(" ", "")]
         else:
-            shape = [f"prune.removed_layers={importance.depth(name).of(REMOVED)}".replace(" ", "")]
-        mine = [*settings, f'run_dir="{run_dir}"', f"name={kind}", "prune.compensate=false", *shape]
+            shape = [plain, *OPTIONS_SHAPE, best, *OPTIONS[name]]
+        mine = [*settings, f'run_dir="{run_dir}"', f"name={kind}", *shape]
         rows[name] = row_of(f"{kind}: {name}", mine, rows.get(name), [base])
         save()
 
@@ -243,7 +253,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=140)
-    for kind in ("width", "depth"):
+    for kind in ("width", "depth", "options"):
         rows = result[kind]
         if not rows:
             continue
@@ -286,11 +296,19 @@ def main() -> None:
     parser = pipeline_arguments(__doc__, "criteria")
     parser.add_argument("--num-tokens", type=int, default=8192, help="distill.num_tokens of every criterion")
     parser.add_argument("--final-tokens", type=int, default=16384, help="of every final student")
-    parser.add_argument("--only", choices=("width", "depth", "final"))
+    parser.add_argument("--only", choices=("width", "depth", "options", "final"))
     options = parser.parse_args()
     start_as_the_makefile_does()
     log_plainly()
-    result: dict[str, Any] = {"alone": {}, "width": {}, "depth": {}, "modelopt": {}, "search": {}, "final": {}}
+    result: dict[str, Any] = {
+        "alone": {},
+        "width": {},
+        "depth": {},
+        "options": {},
+        "modelopt": {},
+        "search": {},
+        "final": {},
+    }
     if options.output.exists():
         result |= json.loads(options.output.read_text())
 
@@ -305,7 +323,7 @@ def main() -> None:
     if not result["alone"]:
         result["alone"] = alone(base, settings)
     save()
-    for kind in ("width", "depth"):
+    for kind in ("width", "depth", "options"):
         if options.only in (None, kind):
             criterion_rows(kind, result[kind], base, settings, options.runs, save)
     if options.only in (None, "final"):
