@@ -166,7 +166,7 @@ def tracked(name: str, length: int) -> dict[str, Any]:
     parts = planned(
         info_of(config_of(LLAMA_8B, 128256)), STUDENTS[name], Layout(RANKS, 1, length, recompute=True, on_cpu=True)
     )
-    for unseen in ("student: AdamW's moments", "teacher: weights"):
+    for unseen in ("student: the optimizer's moments", "teacher: weights"):
         parts.pop(unseen, None)
     return {"length": length, "measured_bytes": int(total), "parts": parts}
 

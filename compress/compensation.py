@@ -148,6 +148,21 @@ class _Moments:
         return {name.replace("*", str(expert)): down_EXX[expert] for expert in units}
 
 
+def moment_bytes(shape: Shape, kept: Kept) -> int:
+    """What `compensated_weights` holds beside the model: X^2 float32 for every matrix that reads a pruned axis."""
+    layers = len(kept["layers"])
+    readers = {  # axis -> (units, elements of one, matrices)
+        "intermediate": (shape.intermediate_size, 1, layers),
+        "query_heads": (shape.num_attention_heads, shape.head_dim, layers),
+        "expert_intermediate": (shape.moe_intermediate_size, 1, layers * shape.num_experts),
+    }
+    return sum(
+        4 * count * (units * elements) ** 2
+        for axis, (units, elements, count) in readers.items()
+        if units and kept[axis].shape[-1] < units
+    )
+
+
 @torch.no_grad()
 def compensated_weights(model: PreTrainedModel, batches: Iterable[TokenBatch], kept: Kept) -> dict[str, Tensor]:
     """Full-size replacements, by the teacher's tensor names, for every matrix that reads a pruned axis.

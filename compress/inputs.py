@@ -40,12 +40,15 @@ def start_of(config: CompressConfig, run_dir: Path) -> Path:
     return run_dir / "search" / "winner" if config.search.continue_winner else student_of(config, run_dir)
 
 
-def streams(config: CompressConfig, info: ModelInfo) -> bool:
-    """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must."""
+def streams(config: CompressConfig, info: ModelInfo, beside: int = 0) -> bool:
+    """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must.
+
+    `beside`: bytes that the work at hand holds beside the weights.
+    """
     if config.score.stream is not None:
         return config.score.stream
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of it on this machine, one a rank
-    return copies * whole_bytes(config, info) > MEMORY_SHARE * available_bytes()
+    return copies * (whole_bytes(config, info) + beside) > MEMORY_SHARE * available_bytes()
 
 
 def whole_bytes(config: CompressConfig, info: ModelInfo) -> int:
@@ -62,7 +65,9 @@ def check_calibration(config: CompressConfig, tokens: TokenSet) -> None:
         if value > tokens.num_sequences:
             raise ConfigError(
                 f"{key}={value}, but data.calibration gives only {tokens.num_sequences} sequences of "
-                f"{tokens.sequence_length} tokens; give more text or set {key}={tokens.num_sequences}"
+                f"{tokens.sequence_length} tokens: {value * tokens.sequence_length:,} tokens are needed and "
+                f"{tokens.num_sequences * tokens.sequence_length:,} are there; give more text or set "
+                f"{key}={tokens.num_sequences}"
             )
 
 

@@ -33,9 +33,12 @@ class Layout:
     recompute: bool = False  # a layer keeps its input alone and is run again in the backward
     compute_bytes: int = 2
     on_cpu: bool = False
+    moment_bytes: int = MOMENT_BYTES  # of the optimizer, a parameter
 
 
-def saved_bytes(info: ModelInfo, shape: Shape, micro_batch_size: int, sequence_length: int) -> int:
+def saved_bytes(
+    info: ModelInfo, shape: Shape, micro_batch_size: int, sequence_length: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
     """What autograd keeps of one decoder layer in a training forward, in bytes; the mean over the kinds of layers."""
     few = {1: 0, 3: 0}
     for layers in few:
@@ -43,7 +46,7 @@ def saved_bytes(info: ModelInfo, shape: Shape, micro_batch_size: int, sequence_l
         config = parse_config(student_config(info.config, info.family, tiny, range(layers)), "the student's config")
         config.vocab_size, config.pad_token_id = 8, None
         with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
             own = {p.untyped_storage()._cdata for p in model.parameters()}
             kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -65,17 +68,18 @@ def saved_bytes(info: ModelInfo, shape: Shape, micro_batch_size: int, sequence_l
 def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str, dict[str, int]]:
     """Bytes of one rank at each moment of a step, part by part; the largest total is what the rank needs.
 
-    The activations are those of a training forward in bfloat16; allocator overhead and library workspaces aren't in it.
+    Allocator overhead and library workspaces aren't in it.
     """
     ranks, item = layout.num_ranks, layout.compute_bytes
     whole, layer, root = _split(teacher, student)
     teacher_whole, teacher_layer, teacher_root = _split(teacher, teacher.shape)
     tokens = layout.micro_batch_size * layout.sequence_length
     vocabulary, hidden = student.vocab_size, student.hidden_size
-    saved = saved_bytes(teacher, student, layout.micro_batch_size, layout.sequence_length)
+    dtype = torch.float32 if item == 4 else torch.bfloat16
+    saved = saved_bytes(teacher, student, layout.micro_batch_size, layout.sequence_length, dtype)
     states = {
         "student: float32 weights": MASTER_BYTES * whole // ranks,
-        "student: AdamW's moments": MOMENT_BYTES * whole // ranks,
+        "student: the optimizer's moments": layout.moment_bytes * whole // ranks,
         "teacher: weights": item * teacher_whole // ranks,
     }
     gradients = {"student: float32 gradients": GRADIENT_BYTES * whole // ranks}

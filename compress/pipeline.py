@@ -142,7 +142,8 @@ def run(config: CompressConfig) -> None:
         export.preflight(config, run_dir, training=Stage.distill in todo)
     if set(todo) - {Stage.export}:
         prune.preflight(config)
-        score.preflight(config)
+        if Stage.score in todo:
+            score.preflight(config)
         if Stage.search in todo:
             search.preflight(config)
         if Stage.evaluate in todo:
@@ -203,7 +204,8 @@ def _run_rounds(config: CompressConfig) -> None:
         if number > 1 and shared.exists() and not tokens.exists():
             with disk_errors(tokens):
                 tokens.parent.mkdir(parents=True, exist_ok=True)
-                tokens.symlink_to(Path("..") / "round_1" / "tokens")
+                with contextlib.suppress(FileExistsError):  # another rank was first
+                    tokens.symlink_to(Path("..") / "round_1" / "tokens")
         run(one)
 
 
@@ -334,6 +336,14 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
         if not Path(adapter).expanduser().is_dir():
             raise ArtifactError(f"prune.adapters={adapter} is no folder; give one that peft's save_pretrained wrote")
         files[Stage.prune][f"prune.adapters[{number}]"] = fingerprint_path(Path(adapter).expanduser())
+    for stage, key, used in (
+        (Stage.score, "score.task_path", any(criterion.startswith("task") for criterion in config.score.depth)),
+        (Stage.evaluate, "evaluate.lm_eval_path", config.evaluate.lm_eval),
+    ):
+        section, _, name = key.partition(".")
+        if used and (items := Path(resolve(plain[section][name], cache)).expanduser()).is_file():
+            files[stage][key] = fingerprint_path(items)  # where there is none preflight says so
+        plain[section][name] = None  # what it holds counts, not where it lies
     plain["prune"]["adapters"] = [Path(adapter).name for adapter in config.prune.adapters]
     if config.architecture.table:
         for stage in (Stage.score, Stage.prune):

@@ -99,6 +99,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
         recompute=config.distill.recompute,
         compute_bytes=_item_bytes(config, num_gpus),
         on_cpu=not num_gpus,
+        moment_bytes=_moment_bytes(config),
     )
     if cluster.memory_bytes is not None:
         limit = int(cluster.memory_bytes)
@@ -158,12 +159,16 @@ def _forward(info: ModelInfo, shape: Shape, sequence_length: int) -> float:
     return 2.0 * (num_active_parameters(info, shape) - looked_up) + attention
 
 
+def _moment_bytes(config: CompressConfig) -> int:
+    """Of a parameter: AdamW's two moments, or Muon's one (of the layers' matrices, which are nearly all)."""
+    return MOMENT_BYTES if config.distill.optimizer is Optimizer.adamw else MOMENT_BYTES // 2
+
+
 def _disk(config: CompressConfig, teacher: ModelInfo, student: Shape) -> dict[str, int]:
     count = num_parameters(teacher, student)
-    moments = MOMENT_BYTES if config.distill.optimizer is Optimizer.adamw else MOMENT_BYTES // 2
     item = 4 if config.export.dtype is ComputeDtype.float32 else 2
     # While one is written the ones to be kept are still there.
-    checkpoints = (config.distill.keep_checkpoints + 1) * count * (MASTER_BYTES + moments)
+    checkpoints = (config.distill.keep_checkpoints + 1) * count * (MASTER_BYTES + _moment_bytes(config))
     return {
         "tokens, at most those to train on": int(config.distill.num_tokens) * TOKEN_BYTES,
         "the untrained student and the export": 2 * item * count,

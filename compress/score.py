@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from compress.architecture import ModelInfo
 from compress.artifacts import fingerprint_path, write_json
 from compress.criteria import AGGREGATED, Criterion, parse_criterion
 from compress.depth import rank_layers, rank_layers_by_task, removal_reach
-from compress.errors import ConfigError
+from compress.errors import ArtifactError, ConfigError
 from compress.folders import read_model
 from compress.gradients import estimate_taylor, weight_magnitude
 from compress.importance import estimate_importance, stream_importance
@@ -61,6 +62,7 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     info = read_model(source_of(config), trust)
     tokens = _calibration(config, run_dir, info, ranks)
     criteria = [parse_criterion(text) for text in config.score.width]
+    _check_memory(config, info)  # what is free has changed since preflight
     started = time.monotonic()
     model = None
     if streams(config, info):
@@ -98,6 +100,7 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
         "block_influence": importance.block_influence_L.tolist(),
         "width_criteria": list(importance.widths),
         "rank_correlation": agreement,
+        "overlap_of_removed_layers": _overlap(depths, info.shape.num_hidden_layers),
         "depth": {name: {"removed": d.removed, "cost": d.cost, **facts[name]} for name, d in depths.items()},
         "seconds": seconds,
     }
@@ -114,21 +117,54 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError for criteria that this teacher or these settings can't give. Reads no weights."""
     info = read_model(source_of(config), config.teacher.trust_remote_code)
+    _check_memory(config, info)
     if streams(config, info):
-        whole = [text for text in config.score.width if parse_criterion(text).kind == "taylor"]
-        whole += [str(c) for c in config.score.depth if c is not DepthCriterion.block_influence]
-        if whole:
-            raise ConfigError(
-                f"{', '.join(whole)}: needs the whole teacher in memory, {whole_bytes(config, info) / 1e9:.1f} GB of "
-                f"weights, and {available_bytes() / 1e9:.1f} GB are free (score.stream={config.score.stream}); choose "
-                "activation, weighted_activation, weight_magnitude and block_influence, or set score.stream=false on a "
-                "larger machine"
-            )
+        _check_spill(config, info)
     for criterion in config.score.depth:
         if criterion.is_measured:
             _reach(config, info)
     if any(criterion.startswith("task") for criterion in config.score.depth):
         task_items(config)
+
+
+def _check_memory(config: CompressConfig, info: ModelInfo) -> None:
+    """Raise ConfigError for criteria that need the whole teacher, or states of it, where there isn't the memory."""
+    weights, free = whole_bytes(config, info), available_bytes()
+    item = resolve_dtype(config.compute_dtype).itemsize
+    states = config.score.depth_sequences * config.data.sequence_length * info.shape.hidden_size * item
+    states *= info.shape.num_hidden_layers
+    measured = [str(criterion) for criterion in config.score.depth if criterion.is_measured]
+    if streams(config, info):
+        whole = [text for text in config.score.width if parse_criterion(text).kind == "taylor"]
+        whole += [str(c) for c in config.score.depth if c is not DepthCriterion.block_influence]
+        if whole:
+            beside = f" and {states / 1e9:.1f} GB of hidden states" if measured else ""
+            raise ConfigError(
+                f"{', '.join(whole)}: needs the whole teacher in memory, {weights / 1e9:.1f} GB of weights{beside}, "
+                f"and {free / 1e9:.1f} GB are free (score.stream={config.score.stream}); choose activation, "
+                "weighted_activation, weight_magnitude and block_influence, or set score.stream=false on a larger "
+                "machine"
+            )
+    elif any(not name.startswith("task") for name in measured) and weights + states > free:
+        raise ConfigError(
+            f"{', '.join(measured)}: keeps the hidden states of score.depth_sequences={config.score.depth_sequences} "
+            f"sequences before every layer, {states / 1e9:.1f} GB beside {weights / 1e9:.1f} GB of weights, and "
+            f"{free / 1e9:.1f} GB are free; lower score.depth_sequences, or choose block_influence"
+        )
+
+
+def _check_spill(config: CompressConfig, info: ModelInfo) -> None:
+    """Raise ArtifactError where the calibration text's hidden states, which streaming keeps on disk, don't fit."""
+    run_dir = Path(config.run_dir).expanduser()
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    sequence = config.data.sequence_length * info.shape.hidden_size * resolve_dtype(config.compute_dtype).itemsize
+    needed, free = config.score.num_sequences * sequence, shutil.disk_usage(there).free
+    if needed > free:
+        raise ArtifactError(
+            f"{run_dir / '.score-spill-0'}: the hidden states of the calibration text take {needed / 1e9:.1f} GB and "
+            f"{free / 1e9:.1f} GB are free; lower score.num_sequences={config.score.num_sequences}, or set run_dir= to "
+            "a larger disk"
+        )
 
 
 def _recommendation(
@@ -144,8 +180,8 @@ def _recommendation(
         shape = given_shape(config, info)
     else:  # scored for another run's pruning
         shape = info.shape
-    count = min(tokens.num_sequences, config.score.depth_sequences)
-    batches = list(_batches(tokens, count, config.score.micro_batch_size))
+    batches = [tokens.batch(group) for group in _unseen(config, tokens)]
+    count = sum(len(batch.input_ids) for batch in batches)
 
     def progress(trials: Iterator[str], total: int) -> Iterator[str]:
         return track(trials, f"comparing criteria on {count} sequences", total, "criterion")
@@ -155,6 +191,18 @@ def _recommendation(
         if found[axis]["best"]:
             log.info("recommended: %s=%s, KL %.4f untrained", key, found[axis]["best"], min(found[axis]["kl"].values()))
     return found
+
+
+def _unseen(config: CompressConfig, tokens: TokenSet) -> list[list[int]]:
+    """As many sequences as removals were measured on, but others, where there are others.
+
+    A criterion that chose layers by the KL on a text is its text's favourite.
+    """
+    size, count = config.score.micro_batch_size, min(tokens.num_sequences, config.score.depth_sequences)
+    seen = {index for group in tokens.spread(count, size) for index in group}
+    others = [index for index in range(tokens.num_sequences) if index not in seen] or sorted(seen)
+    chosen = [others[place * len(others) // count] for place in range(min(count, len(others)))]
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
 def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:
@@ -276,11 +324,23 @@ def _depth(
     return removal, {"num_trials": removal.num_trials, "num_sequences": config.score.depth_sequences}
 
 
-def _agreement(importance: Importance, axis: str) -> dict[str, float]:
-    """Spearman's rank correlation of each criterion with the first one, mean over layers."""
-    names = list(importance.widths)
-    first = _ranks(importance.widths[names[0]][axis])
-    return {name: float(_correlation(first, _ranks(importance.widths[name][axis])).mean()) for name in names[1:]}
+def _agreement(importance: Importance, axis: str) -> dict[str, dict[str, float]]:
+    """Spearman's rank correlation of every two criteria, mean over layers."""
+    ranks = {name: _ranks(widths[axis]) for name, widths in importance.widths.items()}
+    return {
+        one: {other: float(_correlation(ranks[one], ranks[other]).mean()) for other in ranks if other != one}
+        for one in ranks
+    }
+
+
+def _overlap(depths: Mapping[str, LayerRemovals], num_layers: int) -> dict[str, dict[str, float]]:
+    """Of every two criteria, the share of the layers that both remove, at half of all layers or as far as both go."""
+    found: dict[str, dict[str, float]] = {one: {} for one in depths}
+    for one, other in itertools.permutations(depths, 2):
+        count = min(len(depths[one].removed), len(depths[other].removed), num_layers // 2)
+        if count:
+            found[one][other] = len(set(depths[one].of(count)) & set(depths[other].of(count))) / count
+    return found
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -311,12 +371,17 @@ def table(report: dict[str, Any]) -> Table:
     first = report["width_criteria"][0]
     result.add_row(first, kl("width", first), "(the first)")
     for name in report["width_criteria"][1:]:
-        found = {axis: row[name] for axis, row in axes.items()}
+        found = {axis: row[first][name] for axis, row in axes.items()}
         agreement = ", ".join(f"{axis} {value:.2f}" for axis, value in found.items())
         result.add_row(name, kl("width", name), agreement)
+    overlap = report["overlap_of_removed_layers"]
+    first_depth = next(iter(overlap))
     for name, found in report["depth"].items():
         if found["removed"]:
-            result.add_row(name, kl("depth", name), f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}")
+            shared = overlap[first_depth].get(name)
+            agreement = "" if shared is None else f"; {shared:.0%} of them as {first_depth}"
+            layers = f"layers {sorted(found['removed'][-1])}: {found['cost'][-1]:.4f}"
+            result.add_row(name, kl("depth", name), layers + agreement)
     if advice:
         sizes = ", ".join(f"{size}={value}" for size, value in advice["width"]["sizes"].items() if value)
         result.caption = (

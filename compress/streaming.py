@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,16 +139,24 @@ class States:
             whole = torch.empty(sum(counts), dtype=dtype)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            needed = sum(counts) * dtype.itemsize
-            free = shutil.disk_usage(self.path.parent).free
-            if needed > free:
-                raise ArtifactError(
-                    f"{self.path}: the calibration text's hidden states take {needed / 1e9:.1f} GB and "
-                    f"{free / 1e9:.1f} GB are free; lower score.num_sequences, or set run_dir= to a larger disk"
-                )
+            self._reserve(sum(counts) * dtype.itemsize)
             whole = torch.from_file(str(self.path), shared=True, size=sum(counts), dtype=dtype)
         shapes = [(*batch.input_ids.shape, hidden_size) for batch in batches]
         self.of = [part.view(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]
+
+    def _reserve(self, needed: int) -> None:
+        """Take the disk now: a mapping of a sparse file would kill the process when the disk is full later."""
+        assert self.path is not None
+        try:
+            with open(self.path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, needed))
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path.parent).free
+            raise ArtifactError(
+                f"{self.path}: the calibration text's hidden states take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                f"are free ({error.strerror}); lower score.num_sequences, or set run_dir= to a larger disk"
+            ) from error
 
     def close(self) -> None:
         self.of = []

@@ -12,7 +12,7 @@ import torch
 
 from compress.architecture import ModelInfo, check_shape, student_config, with_sizes
 from compress.artifacts import fingerprint_path, read_json, remedy_for, save_tensors
-from compress.compensation import compensated_weights, stream_compensated_weights
+from compress.compensation import compensated_weights, moment_bytes, stream_compensated_weights
 from compress.depth import removal_reach
 from compress.errors import ArtifactError, ConfigError
 from compress.families import PRUNABLE, Shape
@@ -177,7 +177,7 @@ def _compensate(
     def tracked(steps: Iterable[Any], total: int) -> Iterator[Any]:
         return track(steps, f"compensating on {count} sequences", total, "tok", lambda b: b.input_ids.numel())
 
-    if streams(config, info):
+    if streams(config, info, moment_bytes(info.shape, kept)):
         return stream_compensated_weights(
             info, dtype, list(batches), kept, spill, trust_remote_code=trust, progress=tracked
         )

@@ -11,7 +11,7 @@ import torch
 from families import logits, make_batch, make_model, rows, save_model
 
 from compress.architecture import shape_of, taps, with_sizes
-from compress.compensation import DAMPING, compensated_weights, reconstruct, stream_compensated_weights
+from compress.compensation import DAMPING, compensated_weights, moment_bytes, reconstruct, stream_compensated_weights
 from compress.contract import check_student
 from compress.errors import NumericalError
 from compress.folders import read_model
@@ -137,6 +137,18 @@ def test_the_student_is_the_masked_teacher_with_the_folded_weights(variant: str,
             for head in set(range(6)) - set(kept["query_heads"][position].tolist()):
                 attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
     torch.testing.assert_close(logits(student, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_will_hold_is_known_before() -> None:
+    model = make_model("mixtral")
+    shape = shape_of(model.config)
+    importance = estimate_importance(model, [make_batch()])
+    sizes = {"num_hidden_layers": 4, "moe_intermediate_size": 16}
+    kept = select(importance, with_sizes(shape, sizes))
+    assert moment_bytes(shape, kept) == 4 * 4 * shape.num_experts * shape.moe_intermediate_size**2
+    kept = select(importance, with_sizes(shape, {"num_attention_heads": 4, "num_key_value_heads": 2}))
+    heads = shape.num_attention_heads * shape.head_dim
+    assert moment_bytes(shape, kept) == 4 * shape.num_hidden_layers * heads**2
 
 
 def test_nothing_is_folded_where_nothing_that_is_read_is_pruned() -> None:

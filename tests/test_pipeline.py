@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import FAST, Run
@@ -506,3 +506,31 @@ def test_one_line_prunes_a_folder_of_another_family_to_a_budget(
     assert not (tmp_path / "run" / "distill").exists()
     with pytest.raises(ConfigError, match="until=all is no stage to stop after"):
         load_config(*FAST, "until=all")
+
+
+def test_a_file_of_items_counts_by_what_it_holds(teacher_source: Path, run: Run, tmp_path: Path) -> None:
+    """Moved, nothing is scored again; changed, the run says so."""
+    items = [{"question": f"item {n}", "choices": ["left", "right"], "label": n % 2} for n in range(8)]
+    path = tmp_path / "items.jsonl"
+
+    def write(content: list[dict[str, Any]]) -> None:
+        path.write_text("".join(json.dumps(item) + "\n" for item in content))
+
+    write(items)
+    settings = ("score.depth=[task]", "score.task_items=8", "score.max_removed_layers=1", "until=score")
+    run(*settings, f"score.task_path={path}")
+    moved = path.rename(tmp_path / "moved.jsonl")
+    scored = (tmp_path / "run" / "score" / "importance.safetensors").stat().st_mtime_ns
+    run(*settings, f"score.task_path={moved}")
+    assert (tmp_path / "run" / "score" / "importance.safetensors").stat().st_mtime_ns == scored
+    write([{**item, "label": 1 - item["label"]} for item in items])
+    with pytest.raises(ArtifactError, match=r"score\.task_path"):
+        run(*settings, f"score.task_path={path}")
+
+
+def test_what_scoring_would_need_is_not_asked_of_a_run_that_has_its_scores(finished: Path, run: Run) -> None:
+    shutil.rmtree(finished / "evaluate")
+    run("score.stream=true", "stage=all")
+    shutil.rmtree(finished / "score")
+    with pytest.raises(ConfigError, match="needs the whole teacher in memory"):
+        run("score.stream=true", "score.width=[taylor]", "stage=score")

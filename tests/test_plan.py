@@ -117,6 +117,11 @@ def test_every_part_shrinks_with_what_it_is_shared_by() -> None:
     assert peak(num_ranks=8) < peak() < peak(num_ranks=2)
     assert peak(micro_batch_size=1) < peak() < peak(sequence_length=128)
     assert peak(recompute=True) < peak()
+    assert peak(moment_bytes=4) == peak() - 4 * num_parameters(info, student) // 4
+    halves, wholes = (
+        step_memory(info, student, Layout(1, 2, 64, compute_bytes=size))["the loss"]["activations"] for size in (2, 4)
+    )
+    assert wholes > 1.5 * halves, "float32 activations take twice as much, but for what is float32 anyway"
 
 
 def test_what_cannot_fit_is_refused_with_what_would(llama_8b: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from conftest import Run
 from families import make_batch, make_model, save_model
 
+from compress import score
 from compress.architecture import shape_of, with_sizes
+from compress.config import load_config
 from compress.families import Shape
 from compress.importance import estimate_importance
 from compress.metrics import language_modelling
@@ -19,6 +21,7 @@ from compress.models import load_model
 from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals
 from compress.slicing import select, slice_checkpoint
+from compress.tokens import TokenSet
 
 
 def cut_kl(folder: Path, out: Path, importance: Importance, shape: Shape, gone: list[int], width: str | None) -> float:
@@ -72,3 +75,16 @@ def test_several_criteria_end_with_a_recommendation(
     shown = capsys.readouterr().err
     assert f"{advice['depth']['kl']['kl_greedy']:.4f}" in shown
     assert "KL to the teacher of the untrained model that each leaves" in shown
+
+
+def test_criteria_are_judged_on_text_that_they_did_not_choose_by(finished_source: Path) -> None:
+    tokens = TokenSet.open(finished_source / "tokens" / "calibration")
+    config = load_config("recipe=tiny", "score.depth_sequences=3", "score.micro_batch_size=2")
+    seen = {index for group in tokens.spread(3, 2) for index in group}
+    judged = [index for group in score._unseen(config, tokens) for index in group]
+    assert len(judged) == 3
+    assert not seen & set(judged)
+    config.score.depth_sequences = tokens.num_sequences
+    assert sorted(index for group in score._unseen(config, tokens) for index in group) == list(
+        range(tokens.num_sequences)
+    ), "there is no other text then"

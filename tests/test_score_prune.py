@@ -166,10 +166,19 @@ def test_all_criteria_side_by_side_and_each_can_be_pruned_by(
     score.run(config, run_dir)
     report = read(run_dir / "score" / "report.json")
     assert set(report["depth"]) == {*map(str, depths)}
-    for axis, row in report["rank_correlation"].items():
-        assert set(row) == set(EVERY[1:])
-        assert all(-1 <= value <= 1 for value in row.values()), axis
-        assert row["activation:l2/l2"] > 0.5, "two ways to say how large the same activations are"
+    for axis, rows in report["rank_correlation"].items():
+        assert set(rows) == set(EVERY)
+        for name, row in rows.items():
+            assert set(row) == set(EVERY) - {name}
+            assert all(abs(value) <= 1 + 1e-9 for value in row.values()), axis
+            assert row == pytest.approx({other: rows[other][name] for other in row})
+        assert rows[EVERY[0]]["activation:l2/l2"] > 0.5, "two ways to say how large the same activations are"
+    overlap = report["overlap_of_removed_layers"]
+    assert set(overlap) == {*map(str, depths)}
+    for name, row in overlap.items():
+        for other, share in row.items():
+            one, two = (set(report["depth"][criterion]["removed"][1]) for criterion in (name, other))
+            assert share == len(one & two) / 2
     info = read_model(teacher)
     stored = load_importance(run_dir / "score" / "importance.safetensors", info.shape, fingerprint_path(teacher))
     students = set()
@@ -259,7 +268,10 @@ def test_too_little_calibration_text_says_how_much_there_is(key: str, teacher: P
     config = make_config(teacher, prune=SHAPE)
     config.score.depth = [DepthCriterion.kl_greedy]
     setattr(config.score, key, 9)
-    with pytest.raises(ConfigError, match=rf"score.{key}=9, but data.calibration gives only 8 .* score.{key}=8"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"score.{key}=9, but data.calibration gives only 8 .* tokens are needed .* score.{key}=8",
+    ):
         score.run(config, run_dir)
     assert not (run_dir / "score").exists()
 
