@@ -91,10 +91,8 @@ def taps(family: Family) -> Taps:
 
     query_heads = reading("query_heads")
     assert query_heads is not None  # _check_table
-    hidden = (Part("hidden"),)
-    norms = [n for n, r in family.table.items() if r.dimensions == (hidden,) and n.endswith("norm.weight")]
     return Taps(
-        hidden=tuple(n.removesuffix(".weight") for n in norms if n.startswith(family.layers)),
+        hidden=family.layer_norms,
         intermediate=reading("intermediate"),
         query_heads=query_heads,
         expert_intermediate=next((n for n, r in family.table.items() if _reads_expert_units(n, r)), None),

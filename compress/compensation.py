@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.errors import NumericalError
 from compress.families import Part, Shape, family_of_config
-from compress.importance import experts_of, run_expert
+from compress.importance import experts_of, route_through
 from compress.models import decoder_layers, only_layers
 from compress.slicing import Kept, kept_elements
 from compress.step import trunk
@@ -100,29 +100,15 @@ class _Moments:
         self.moments[key].addmm_(values_NX.T, values_NX)
 
     def _listen_experts(self, experts: Any, position: int) -> Callable[[], None]:
-        """Run the experts one by one, since the fused kernels show nothing of what is inside.
-
-        A token counts as much as its router lets the expert say: x is weighted by the router's weight.
-        """
+        """A token counts as much as its router lets the expert say: x is weighted by the router's weight."""
         kept = self._units(position)
 
-        def forward(hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
-            valid_N, result_ND = self.valid_BT.flatten(), torch.zeros_like(hidden_ND)
-            for expert in range(experts.num_experts):
-                token_M, place_M = (index_NK == expert).nonzero(as_tuple=True)
-                inner_MX, outer_MD = run_expert(experts, expert, hidden_ND[token_M])
-                weight_M1 = weight_NK[token_M, place_M, None]
-                result_ND.index_add_(0, token_M, (outer_MD * weight_M1).to(hidden_ND.dtype))
-                if expert in kept:
-                    self._add(f"{position}.{expert}", (inner_MX * weight_M1)[valid_N[token_M]].float())
-            return result_ND
+        def visit(expert: int, token_M: Tensor, inner_MX: Tensor, _outer_MD: Tensor, weight_M1: Tensor) -> None:
+            if expert in kept:
+                real_M = self.valid_BT.flatten()[token_M]
+                self._add(f"{position}.{expert}", (inner_MX * weight_M1)[real_M].float())
 
-        experts.forward = forward
-
-        def undo() -> None:
-            del experts.forward
-
-        return undo
+        return route_through(experts, visit)
 
     def solve(self, layer: nn.Module, position: int) -> dict[str, Tensor]:
         """Tensor of the layer, by its name in the checkpoint -> its full-size weight; the moments are let go."""

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import ConfigError, NumericalError
+from compress.families import family_of_config
 from compress.models import OutputHead, decoder_layers, output_head
 from compress.objectives import distillation_loss, soft_cap_
 from compress.parallel import ALONE, Ranks
@@ -200,12 +201,7 @@ class Trials:
 
 def final_norm(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """The norm behind the last layer, whatever the family calls it."""
-    for name in ("norm", "final_layer_norm", "final_layernorm", "ln_f"):
-        found = getattr(model.base_model, name, None)
-        if found is not None:
-            norm: Callable[[Tensor], Tensor] = found
-            return norm
-    raise AssertionError(f"{type(model.base_model).__name__} has no final norm that is known here")
+    return model.get_submodule(family_of_config(model.config).final_norm)
 
 
 def spread_loss_tokens(batches: Sequence[TokenBatch], max_loss_tokens: int = MAX_TOKENS) -> list[Tensor]:

@@ -94,10 +94,6 @@ class Row:
     def size(self, shape: Shape) -> tuple[int, ...]:
         return tuple(sum(part.size(shape) for part in dimension) for dimension in self.dimensions)
 
-    @property
-    def is_norm(self) -> bool:
-        return len(self.dimensions) == 1
-
 
 def holds_all_experts(row: Row) -> bool:
     """Whether a tensor stacks what every expert has of its own, so that it is cut expert by expert."""
@@ -143,6 +139,29 @@ class Family:
     def layers(self) -> str:
         """What every name in a layer begins with, such as `model.layers.`."""
         return next(name for name in self.table if ".layers." in name).partition("*")[0]
+
+    @cached_property
+    def norms(self) -> dict[str, Dimension]:
+        """Modules whose weight is a vector, whatever they are called, and the axis of it. Biases belong to a matrix."""
+        return {
+            name.removesuffix(".weight"): row.dimensions[0]
+            for name, row in self.table.items()
+            if len(row.dimensions) == 1 and name.endswith(".weight")
+        }
+
+    @property
+    def layer_norms(self) -> tuple[str, ...]:
+        """The norms of a layer over `hidden`, layer number as *."""
+        return tuple(name for name in self._hidden_norms if name.startswith(self.layers))
+
+    @property
+    def final_norm(self) -> str:
+        """The norm over `hidden` behind the last layer."""
+        return next(name for name in self._hidden_norms if not name.startswith(self.layers))
+
+    @property
+    def _hidden_norms(self) -> list[str]:
+        return [name for name, axis in self.norms.items() if axis == (Part("hidden"),)]
 
     @property
     def locked(self) -> bool:
@@ -252,10 +271,14 @@ def _check_table(family: Family, where: str) -> None:
         problems.append("two tensors lie on vocabulary, the embedding and then the output head")
     if len(wide["query_heads"]) != 1:
         problems.append("one matrix reads query_heads: its last dimension")
-    if not any(row.is_norm and "layers.*" not in name for name, row in family.table.items()):
-        problems.append("a norm outside of the layers lies on hidden")
     if not any(".layers.*." in name for name in family.table):
         problems.append("layers are written NAME.layers.*.")
+    else:
+        outside = len(family._hidden_norms) - len(family.layer_norms)
+        if outside != 1:  # one behind the embedding would run before every layer that is scored alone
+            problems.append(f"one norm outside of the layers lies on hidden, NAME.weight: hidden (here {outside})")
+        if not family.layer_norms:
+            problems.append("a norm in the layers lies on hidden, NAME.layers.*.NAME.weight: hidden")
     if problems:
         raise ArchitectureError(f"{where}: the table must say that {'; that '.join(problems)}")
 

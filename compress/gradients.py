@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from compress.architecture import ModelInfo, expert_of, layer_of, row_of, shape_of, taps
 from compress.errors import NumericalError
 from compress.families import AXES, Row, Shape, family_of_config, holds_all_experts
-from compress.importance import experts_of, run_expert
+from compress.importance import experts_of, route_through
 from compress.models import decoder_layers, output_head
 from compress.parallel import ALONE, Ranks
 from compress.scores import Widths
@@ -140,40 +139,30 @@ class _Gradients:
         return take
 
     def _watch_experts(self, experts: Any, number: int) -> Callable[[], None]:
-        def forward(hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
-            result_ND = torch.zeros_like(hidden_ND)
+        def visit(expert: int, token_M: Tensor, inner_MF: Tensor, outer_MD: Tensor, _weight_M1: Tensor) -> None:
             sequence_N = torch.arange(self.valid_BT.numel()) // self.valid_BT.shape[1]
             valid_N = self.valid_BT.flatten()
-            for expert in range(experts.num_experts):
-                token_M, place_M = (index_NK == expert).nonzero(as_tuple=True)
-                if not len(token_M):
-                    continue
-                inner_MF, outer_MD = run_expert(experts, expert, hidden_ND[token_M])
-                outer_MD = outer_MD * weight_NK[token_M, place_M, None]
 
-                def take(
-                    value: Tensor, grad: Tensor, token_M: Tensor = token_M, expert: int = expert, whole: bool = False
-                ) -> None:
-                    product_MX = (value.float() * grad.float()) * valid_N[token_M, None]
-                    sum_BX = torch.zeros(len(self.valid_BT), product_MX.shape[1]).index_add_(
-                        0, sequence_N[token_M], product_MX.cpu()
-                    )
-                    if whole:
-                        self.total["experts"][number, expert] += sum_BX.sum(1).abs().sum().double()
-                    else:
-                        self.total["expert_intermediate"][number, expert] += sum_BX.abs().sum(0).double()
+            def by_sequence(value_MX: Tensor, grad_MX: Tensor) -> Tensor:
+                product_MX = (value_MX.float() * grad_MX.float()) * valid_N[token_M, None]
+                sum_BX = torch.zeros(len(self.valid_BT), product_MX.shape[1])
+                return sum_BX.index_add_(0, sequence_N[token_M], product_MX.cpu())
 
-                inner_MF.register_hook(partial(take, inner_MF.detach()))
-                outer_MD.register_hook(partial(take, outer_MD.detach(), whole=True))
-                result_ND = result_ND.index_add(0, token_M, outer_MD.to(result_ND.dtype))
-            return result_ND
+            units_MF, whole_MD = inner_MF.detach(), outer_MD.detach()
 
-        experts.forward = forward
+            def take_units(grad_MF: Tensor) -> None:
+                sum_BF = by_sequence(units_MF, grad_MF)
+                self.total["expert_intermediate"][number, expert] += sum_BF.abs().sum(0).double()
 
-        def undo() -> None:
-            del experts.forward
+            def take_whole(grad_MD: Tensor) -> None:
+                sum_BD = by_sequence(whole_MD, grad_MD)
+                self.total["experts"][number, expert] += sum_BD.sum(1).abs().sum().double()
 
-        return undo
+            if len(token_M):
+                inner_MF.register_hook(take_units)
+                outer_MD.register_hook(take_whole)
+
+        return route_through(experts, visit)
 
     def end_batch(self) -> None:
         self.total["hidden"] += self.sequence_BD.abs().sum(0)

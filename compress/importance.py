@@ -141,38 +141,23 @@ class Listener:
         return hook
 
     def _listen_experts(self, experts: Any, name: str) -> Callable[[], None]:
-        """Run the experts one by one in place of the fused kernels, which show nothing of what is inside.
+        """Units are scored with 0 where a token isn't routed to their expert.
 
-        Units are scored with 0 where a token isn't routed to their expert; an expert by the mean norm of its weighted
-        output over the tokens that are (as REAP and NVIDIA's code).
+        Experts are scored by the mean norm of their weighted output over the tokens that are (REAP, NVIDIA's code).
         """
-        original = experts.forward
 
-        def forward(hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
-            valid_BT = self.all_valid_BT
-            valid_N = valid_BT.flatten()
+        def visit(expert: int, token_M: Tensor, inner_MF: Tensor, outer_MD: Tensor, _weight_M1: Tensor) -> None:
+            valid_N = self.all_valid_BT.flatten()
             norm_E = self.routed_norm.setdefault(name, torch.zeros(experts.num_experts, dtype=torch.float64))
             count_E = self.routed_count.setdefault(name, torch.zeros(experts.num_experts, dtype=torch.float64))
-            result_ND = torch.zeros_like(hidden_ND)
-            for expert in range(experts.num_experts):
-                token_M, place_M = (index_NK == expert).nonzero(as_tuple=True)
-                inner_MF, outer_MD = run_expert(experts, expert, hidden_ND[token_M])
-                outer_MD = (outer_MD * weight_NK[token_M, place_M, None]).to(hidden_ND.dtype)
-                result_ND.index_add_(0, token_M, outer_MD)
-                norm_M = torch.linalg.vector_norm(outer_MD.float(), dim=-1)[valid_N[token_M]]
-                norm_E[expert] += norm_M.double().sum().cpu()
-                count_E[expert] += len(norm_M)
-                all_NF = inner_MF.new_zeros(len(hidden_ND), inner_MF.shape[1]).index_copy_(0, token_M, inner_MF)
-                self._add(f"{name}.{expert}", all_NF.unflatten(0, valid_BT.shape))
-            return result_ND
+            added_MD = outer_MD.to(inner_MF.dtype)  # as the stream gets it
+            norm_M = torch.linalg.vector_norm(added_MD.float(), dim=-1)[valid_N[token_M]]
+            norm_E[expert] += norm_M.double().sum().cpu()
+            count_E[expert] += len(norm_M)
+            all_NF = inner_MF.new_zeros(len(valid_N), inner_MF.shape[1]).index_copy_(0, token_M, inner_MF)
+            self._add(f"{name}.{expert}", all_NF.unflatten(0, self.all_valid_BT.shape))
 
-        experts.forward = forward
-
-        def undo() -> None:
-            del experts.forward
-            assert experts.forward == original
-
-        return undo
+        return route_through(experts, visit)
 
     def combine(self, ranks: Ranks) -> None:
         """Add what the other ranks heard on their batches; every rank has all of it then."""
@@ -328,6 +313,38 @@ def run_expert(experts: Any, expert: int, hidden_MD: Tensor, kept_F: Tensor | No
         inner_MF = torch.zeros_like(inner_MF).index_copy_(1, kept_F, inner_MF[:, kept_F])
     outer_MD = inner_MF @ down
     return inner_MF, outer_MD + experts.down_proj_bias[expert] if experts.has_bias else outer_MD
+
+
+Visit = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def route_through(experts: Any, visit: Visit) -> Callable[[], None]:
+    """Run the experts one by one in place of the fused kernels, which show nothing of what is inside; returns the undo.
+
+    `visit(expert, token_M, inner_MF, outer_MD, weight_M1)` is called for every expert in every batch, also for one that
+    no token is routed to: its tokens, their units after the gate, the output times the router's weight before it is
+    cast to the stream's dtype, and that weight.
+    """
+    original = experts.forward
+
+    def forward(hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        result_ND = torch.zeros_like(hidden_ND)
+        for expert in range(experts.num_experts):
+            token_M, place_M = (index_NK == expert).nonzero(as_tuple=True)
+            inner_MF, outer_MD = run_expert(experts, expert, hidden_ND[token_M])
+            weight_M1 = weight_NK[token_M, place_M, None]
+            outer_MD = outer_MD * weight_M1
+            visit(expert, token_M, inner_MF, outer_MD, weight_M1)
+            result_ND.index_add_(0, token_M, outer_MD.to(hidden_ND.dtype))
+        return result_ND
+
+    experts.forward = forward
+
+    def undo() -> None:
+        del experts.forward
+        assert experts.forward == original
+
+    return undo
 
 
 def reader_norms(layer: nn.Module, where: Taps) -> dict[str, Tensor]:

@@ -55,9 +55,7 @@ def mask_outside(model: PreTrainedModel, family: Family, shape: Shape, kept: Kep
         changed = scale * (len(kept["hidden"]) / shape.hidden_size) ** 0.5
         embedding.embed_scale = changed.to(scale.dtype)
         undo.append(lambda: setattr(embedding, "embed_scale", scale))
-    for name in _norms(family):
-        if ".layers.*." not in name:
-            undo.append(_norm_over(model.get_submodule(name), kept["hidden"]))
+    undo.append(_norm_over(model.get_submodule(family.final_norm), kept["hidden"]))
     return undo
 
 
@@ -73,7 +71,7 @@ def mask_layer(layer: nn.Module, position: int, family: Family, shape: Shape, ke
         if found is not None:
             undo.append(_zero_input(reader, _silent(found, Part(axis).size(shape))))
         undo.append(_zero_output(reader, silent_D))
-    for name, parts in _norms(family).items():
+    for name, parts in family.norms.items():
         if ".layers.*." in name:
             found = kept_elements(parts, position, None, kept, shape)
             if found is not None:
@@ -82,16 +80,6 @@ def mask_layer(layer: nn.Module, position: int, family: Family, shape: Shape, ke
     if experts is not None:
         undo += _mask_experts(layer, experts, position, kept, silent_D)
     return undo
-
-
-def _norms(family: Family) -> dict[str, tuple[Part, ...]]:
-    """Modules that hold only vectors, and the axis of those: norms. Biases belong to a matrix."""
-    matrices = {name.rpartition(".")[0] for name, row in family.table.items() if len(row.dimensions) > 1}
-    return {
-        name.removesuffix(".weight"): row.dimensions[0]
-        for name, row in family.table.items()
-        if len(row.dimensions) == 1 and name.endswith(".weight") and name.removesuffix(".weight") not in matrices
-    }
 
 
 def _silent(kept: Tensor, size: int) -> Tensor:

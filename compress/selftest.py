@@ -23,16 +23,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compress import slicing
 from compress.architecture import config_layer_types, num_parameters, parse_config, shape_of, with_sizes
 from compress.artifacts import read_json
+from compress.depth import Trials
 from compress.errors import ArchitectureError, CompressError
 from compress.families import AXES, Family, Shape, family_of
 from compress.folders import read_model
+from compress.importance import estimate_importance
 from compress.inputs import teacher_of
 from compress.masking import masked
-from compress.models import load_model
+from compress.models import load_model, only_layers
 from compress.scores import Importance, by_block_influence
 from compress.settings import CompressConfig
 from compress.slicing import select, slice_checkpoint
-from compress.step import packed_masks
+from compress.step import packed_masks, trunk
+from compress.tokens import TokenBatch
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # norms compute in float32; a wrong axis is off by 0.1 and more
@@ -91,7 +94,7 @@ def check_family(family: Family, content: dict[str, Any], trust_remote_code: boo
         for name, holds in properties.items():
             try:
                 difference = holds()
-                results[name] = None if difference <= TOLERANCE else f"logits differ by {difference:.2g}"
+                results[name] = None if difference <= TOLERANCE else f"differs by {difference:.2g}"
             except CompressError as error:
                 results[name] = str(error).replace(str(scratch), "")
             except (RuntimeError, IndexError, KeyError, ValueError, AttributeError) as error:
@@ -146,7 +149,7 @@ def tiny_model(family: Family, content: dict[str, Any], trust_remote_code: bool 
 def _properties(
     model: PreTrainedModel, family: Family, scratch: Path, trust: bool
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Name and measure of each property; the measure is the largest difference of logits."""
+    """Name and measure of each property; the measure is the largest difference, mostly of logits."""
     shape = shape_of(model.config)
     ids = torch.randint(3, shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     importance = random_importance(shape)
@@ -209,6 +212,31 @@ def _properties(
         return _difference(together, torch.cat(alone, 1))
 
     yield "packed documents equal each document alone", packed
+    batch = _calibration(ids)
+
+    def scored() -> float:
+        found = {axis: scores.shape for axis, scores in estimate_importance(model, [batch]).width().items()}
+        wanted = {axis: scores.shape for axis, scores in importance.width().items()}
+        return 0.0 if found == wanted else math.inf
+
+    yield "scoring gives every unit of every axis a score", scored
+
+    @torch.no_grad()
+    def tried() -> float:
+        places, last = batch.loss_mask.flatten().nonzero().squeeze(1), shape.num_hidden_layers - 1
+        with only_layers(model, range(last)):
+            removed_ND = trunk(model, batch).flatten(0, 1)[places]
+        return _difference(removed_ND, Trials(model, [batch], [places]).without([last]))
+
+    yield "trying a model without a layer equals removing it", tried
+
+
+def _calibration(ids_BT: Tensor) -> TokenBatch:
+    """One document a sequence, without padding."""
+    inside_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    loss_BT = inside_BT.clone()
+    loss_BT[:, -1] = False
+    return TokenBatch(ids_BT, torch.arange(ids_BT.shape[1]).expand_as(ids_BT), loss_BT, inside_BT)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -25,8 +26,9 @@ from compress.architecture import (
     tensor_shapes,
     with_sizes,
 )
+from compress.depth import final_norm
 from compress.errors import ArchitectureError, ArtifactError, CompressError, ConfigError
-from compress.families import FAMILIES
+from compress.families import FAMILIES, Family
 from compress.folders import read_model, teacher_folder
 
 MODELS = [(variant, tied) for variant in VARIANTS for tied in (False, True)]
@@ -123,6 +125,34 @@ def test_taps_are_the_layer_norms_and_the_two_output_projections() -> None:
         assert found.hidden == norms.get(name, two), name
         assert found.intermediate == (None if family.has_experts else "model.layers.*.mlp.down_proj")
         assert found.query_heads == "model.layers.*.self_attn.o_proj"
+
+
+def renamed(family: Family, names: dict[str, str]) -> Family:
+    def rename(name: str) -> str:
+        for old, new in names.items():
+            name = name.replace(old, new)
+        return name
+
+    return replace(family, table={rename(name): row for name, row in family.table.items()})
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_norms_are_known_by_what_they_hold_and_not_by_their_names(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms called ln_1, ln_2, ... and a last one called ln_last are tapped as any other; biases of norms are none."""
+    family = FAMILIES[model_type]
+    original = taps(family)
+    assert family.final_norm == {"gpt_neox": "gpt_neox.final_layer_norm"}.get(model_type, "model.norm")
+    names = {name: f"{family.layers}*.ln_{place}" for place, name in enumerate(original.hidden)}
+    names[family.final_norm] = family.final_norm.rpartition(".")[0] + ".ln_last"
+    private = renamed(family, names)
+    assert taps(private) == replace(original, hidden=tuple(names[name] for name in original.hidden))
+    monkeypatch.setitem(FAMILIES, model_type, private)
+    variant = next(name for name, (kind, _) in VARIANTS.items() if kind == model_type)
+    model = make_model(variant)
+    model.base_model.ln_last = torch.nn.Identity()
+    assert final_norm(model) is model.base_model.ln_last
 
 
 @pytest.mark.parametrize(("variant", "tied"), MODELS)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from conftest import Command, Run
+from conftest import REPOSITORY, Command, Run
 from families import VARIANTS, make_model, save_model
 
-from compress import families
+from compress import families, importance, selftest
+from compress.architecture import shape_of, taps, tensor_shapes
 from compress.errors import ArchitectureError
 from compress.families import BUILT_IN, FAMILIES, add_families, read_table
 from compress.selftest import check_family
@@ -100,6 +104,46 @@ def test_a_private_family_is_described_by_a_file(run: Run, tmp_path: Path, capsy
     assert "NO" not in shown
 
 
+def test_scoring_that_hears_no_hidden_channel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "taps", lambda family: replace(taps(family), hidden=()))
+    config = make_model().config.to_dict()
+    problems = {name for name, problem in check_family(FAMILIES["llama"], config).items() if problem}
+    assert problems == {"scoring gives every unit of every axis a score"}
+
+
+def test_scoring_behind_another_norm_than_the_final_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(selftest.Trials):
+        def __init__(self, model: Any, *rest: Any) -> None:
+            super().__init__(model, *rest)
+            self.norm = model.model.layers[0].input_layernorm
+
+    monkeypatch.setattr(selftest, "Trials", Deaf)
+    config = make_model().config.to_dict()
+    problems = {name for name, problem in check_family(FAMILIES["llama"], config).items() if problem}
+    assert problems == {"trying a model without a layer equals removing it"}
+
+
+def test_the_example_in_the_docs_describes_a_model_that_can_be(tmp_path: Path) -> None:
+    """Llama with one matrix for gate and up, norms over the queries' heads and a bias of theirs alone."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    blocks = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "families.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    (tmp_path / "inhouse.yaml").write_text(blocks[0])
+    assert add_families(tmp_path / "inhouse.yaml") == ["inhouse"]
+    model = make_model("llama-biases")
+    for layer in model.model.layers:
+        layer.mlp = Phi3MLP(model.config)
+        layer.self_attn.q_norm = LlamaRMSNorm(model.config.head_dim)
+        for name in ("k_proj", "v_proj", "o_proj"):
+            getattr(layer.self_attn, name).bias = None
+    family, shape = FAMILIES["inhouse"], shape_of(model.config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert tensor_shapes(family.rows(model.config), shape) == expected
+    assert family.field("num_key_value_heads") == "kv_heads"
+
+
 BAD_TABLES = [
     ("- a list", "must hold model_type"),
     ("{", "not a readable YAML file"),
@@ -107,7 +151,9 @@ BAD_TABLES = [
     ("mine: {base: lama}", "mine.base=lama: no such family; known: llama"),
     ("mine: {base: llama, colour: red}", "mine.colour='red': the keys are title"),
     ("mine: {base: llama, tensors: {a.layers.*.x: hiden}}", "'hiden' is no axis; write AXIS, AXIS x NUMBER"),
-    ("mine: {base: llama, without: [norm]}", "a norm outside of the layers lies on hidden"),
+    ("mine: {base: llama, without: [norm]}", "one norm outside of the layers lies on hidden"),
+    ("mine: {base: llama, without: [layernorm]}", "a norm in the layers lies on hidden"),
+    ("mine: {base: llama, tensors: {model.embed_norm.weight: hidden}}", "one norm outside .* \\(here 2\\)"),
     ("mine: {base: llama, without: [lm_head]}", "two tensors lie on vocabulary"),
     ("mine: {base: llama, without: [o_proj]}", "one matrix reads query_heads"),
     ("mine: {base: llama, sizes: {width: x}}", "mine.sizes: width: give SIZE: CONFIG_FIELD"),
