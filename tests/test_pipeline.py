@@ -79,6 +79,7 @@ def test_a_first_run_makes_every_stage_and_a_second_skips_every_one(
 
 OUTSIDE = {
     "data.workers": "2",
+    "score.compile": "true",
     "score.micro_batch_size": "2",
     "score.stream": "true",
     "distill.micro_batch_size": "2",
