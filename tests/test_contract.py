@@ -14,7 +14,7 @@ from test_slicing import keep
 
 from compress.architecture import shape_of
 from compress.compensation import compensated_weights
-from compress.contract import check_student, engine_report
+from compress.contract import check_student, describe_export, engine_report
 from compress.errors import ArtifactError, NumericalError
 from compress.families import Shape
 from compress.folders import read_model
@@ -94,31 +94,85 @@ def test_missing_and_further_tensors_and_rows_fail(tmp_path: Path) -> None:
 LLAMA = Shape(4096, 14336, 32, 32, 8, 0, 0, 128, 128256, False)
 
 
+QWEN2 = Shape(3584, 18944, 28, 28, 4, 0, 0, 128, 152064, False)
+
+
 @pytest.mark.parametrize(
-    ("change", "family", "engine", "runs", "why"),
+    ("shape", "family", "engine", "runs", "why"),
     [
-        ({}, "llama", "vllm", "yes", ""),
-        ({}, "llama", "llama_cpp", "yes", ""),
-        ({}, "llama", "tensorrt_llm", "yes", ""),
-        ({"head_dim": 60}, "llama", "vllm", "no", "head_dim=60 is no multiple of 8"),
-        ({"head_dim": 264}, "llama", "vllm", "no", "head_dim=264 is more than 256"),
-        ({"head_dim": 72}, "llama", "tensorrt_llm", "no", "head_dim=72 is none of 32, 48"),
-        ({"hidden_size": 4112}, "llama", "llama_cpp", "unquantised only", "hidden_size=4112 is no multiple of 32"),
-        ({"intermediate_size": 14464}, "llama", "llama_cpp", "slower", "intermediate_size=14464 is no multiple of 256"),
-        ({}, "inhouse", "vllm", "no", "model_type=inhouse is not among those"),
+        (LLAMA, "llama", "vllm", "yes", ""),
+        (LLAMA, "llama", "llama_cpp", "yes", ""),
+        (LLAMA, "llama", "tensorrt_llm", "yes", ""),
+        (replace(LLAMA, head_dim=60), "llama", "vllm", "no", "head_dim=60 is no multiple of 8"),
+        (replace(LLAMA, head_dim=264), "llama", "vllm", "no", "head_dim=264 is more than 256"),
+        (replace(LLAMA, head_dim=72), "llama", "tensorrt_llm", "no", "head_dim=72 is none of 32, 48"),
+        (replace(LLAMA, hidden_size=4112), "llama", "llama_cpp", "unquantised only", "hidden_size=4112 is no multiple"),
+        (replace(LLAMA, intermediate_size=14464), "llama", "llama_cpp", "slower", "intermediate_size=14464 is no mult"),
+        (LLAMA, "inhouse", "vllm", "not known", "model_type=inhouse is not among those"),
+        (replace(LLAMA, head_dim=60), "inhouse", "vllm", "no", "head_dim=60 is no multiple of 8"),
+        (QWEN2, "qwen2", "vllm", "yes", ""),
+        (QWEN2, "qwen2", "llama_cpp", "yes", ""),
+        (replace(QWEN2, hidden_size=3072), "qwen2", "vllm", "no", "width=3584 and hidden_size=3072 are not equal"),
+        (replace(QWEN2, num_attention_heads=24), "qwen2", "vllm", "no", "query_width=3072 and hidden_size=3584"),
+        (replace(QWEN2, hidden_size=3072, num_attention_heads=24), "qwen2", "vllm", "yes", ""),
+        (replace(QWEN2, hidden_size=3072), "olmo2", "vllm", "no", "query_width=3584 and hidden_size=3072"),
+        (replace(QWEN2, hidden_size=3072), "qwen3", "vllm", "yes", ""),
+        (replace(QWEN2, hidden_size=3072), "qwen3", "llama_cpp", "yes", ""),
+        *((replace(QWEN2, hidden_size=3072), family, "llama_cpp", "no", "query_width=3584 and hidden_size=3072")
+          for family in ("qwen2", "phi3", "olmo2")),
+        (replace(QWEN2, hidden_size=3072), "qwen2", "tensorrt_llm", "yes", ""),
+        (replace(QWEN2, hidden_size=3072), "phi3", "tensorrt_llm", "not known", "width=3584 and hidden_size=3072"),
     ],
-)
-def test_engines_say_what_they_ask_for(change: dict[str, int], family: str, engine: str, runs: str, why: str) -> None:
-    found = engine_report(family, replace(LLAMA, **change))[engine]
+)  # fmt: skip
+def test_engines_say_what_they_ask_for(shape: Shape, family: str, engine: str, runs: str, why: str) -> None:
+    found = engine_report(family, shape, None, 2)[engine]
     assert found["runs"] == runs
     assert why in "; ".join(found["why"])
     assert all("(" in reason for reason in found["why"] if "model_type" not in reason), "with its source"
 
 
+S, F = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "layer_types", "engine", "runs"),
+    [
+        ("gpt_oss", [S, F, S, F], "llama_cpp", "yes"),
+        ("gpt_oss", [S, F, S], "llama_cpp", "yes"),
+        ("gpt_oss", [F, S, F], "llama_cpp", "no"),
+        ("gpt_oss", [S, S, F], "llama_cpp", "no"),
+        ("gpt_oss", [S, S, F], "vllm", "yes"),  # it goes by layer_types
+        ("gemma2", [S, F, S, F], "llama_cpp", "yes"),
+        ("gemma2", [S, F, F], "llama_cpp", "no"),
+        ("gemma3_text", [S, S, S, S, S, F, S], "llama_cpp", "yes"),
+        ("gemma3_text", [S, S, S, S, F, S, S], "llama_cpp", "no"),
+        ("qwen2", [F, F, F], "llama_cpp", "yes"),
+        ("qwen2", [F, F, S], "llama_cpp", "no"),
+    ],
+)
+def test_an_engine_with_a_fixed_pattern_wants_it_kept(
+    family: str, layer_types: list[str], engine: str, runs: str
+) -> None:
+    found = engine_report(family, LLAMA, layer_types, 2)[engine]
+    assert found["runs"] == runs
+    assert any("layer_types: layer" in reason for reason in found["why"]) == (runs == "no")
+
+
+def test_the_report_goes_by_the_kinds_of_attention_that_were_kept(tmp_path: Path) -> None:
+    model = make_model("gemma2", dtype=torch.float32)
+    info = read_model(save_model(tmp_path / "teacher", model))
+    kept = keep(model, {"num_hidden_layers": 3})
+    for layers, wrong in (([0, 1, 2], False), ([0, 2, 3], True)):
+        folder = tmp_path / "".join(map(str, layers))
+        slice_checkpoint(info, folder, {**kept, "layers": torch.tensor(layers)})
+        report = describe_export(folder)["engines"]["llama_cpp"]
+        assert any("layer_types: layer 1 is sliding_attention" in reason for reason in report["why"]) == wrong
+
+
 def test_tensor_parallel_sizes_divide_the_heads() -> None:
-    assert engine_report("llama", LLAMA)["vllm"]["tensor_parallel"] == [1, 2, 4, 8, 16]
+    assert engine_report("llama", LLAMA, None, 2)["vllm"]["tensor_parallel"] == [1, 2, 4, 8, 16]
     uneven = replace(LLAMA, num_attention_heads=28, num_key_value_heads=4)
-    assert engine_report("qwen2", uneven)["vllm"]["tensor_parallel"] == [1, 2, 4]
+    assert engine_report("qwen2", uneven, None, 2)["vllm"]["tensor_parallel"] == [1, 2, 4]
 
 
 def test_the_report_of_a_pruned_tiny_model_says_it(finished: Path) -> None:
@@ -128,4 +182,4 @@ def test_the_report_of_a_pruned_tiny_model_says_it(finished: Path) -> None:
         t.numel() for t in load_file(finished / "prune" / "model.safetensors").values()
     )
     assert shape_of(make_model("llama").config).head_dim == 10  # the tiny variants are not what engines ask for
-    assert engine_report("llama", shape_of(make_model("llama").config))["vllm"]["runs"] == "no"
+    assert engine_report("llama", shape_of(make_model("llama").config), None, 2)["vllm"]["runs"] == "no"
