@@ -1,6 +1,6 @@
 """The export contract: a student that loads, computes what it must, and whose engines are known, or the stage fails.
 
-1. transformers loads the folder strictly, with the promised number of parameters.
+1. transformers loads the folder strictly, with the promised number of parameters, and runs it as it is stored.
 2. Its tensors are those that the axis table asks for, no more; a tied head is stored once; vocabulary rows are whole.
 3. Its logits are those of the masked teacher (`masking.py`), with compensated or merged weights folded into both.
 4. Its sizes and kinds of attention against the rules of inference engines (`engines.yaml`): reported; none of them but
@@ -53,16 +53,16 @@ def check_student(
     """Points 1 to 4 for a freshly cut student. Raises ArtifactError for the first that doesn't hold.
 
     Logits are compared a layer at a time, so models of any size are. `whole` False for a student that doesn't fit into
-    memory: then transformers loads it strictly a layer at a time too.
+    memory: then transformers loads it strictly a layer at a time too, and doesn't run it in the stored dtype.
     """
     student = read_model(folder, trust_remote_code)
     promised = num_parameters(info, student.shape)
     found = sum(math.prod(tensor.shape) for tensor in student.tensors.values())
+    ids, positions = _probe(student.shape.vocab_size)
     if whole:
-        found = sum(p.numel() for p in load_model(folder, _stored_dtype(student), trust_remote_code).parameters())
+        found = _run_whole(student, ids, trust_remote_code)
     if found != promised:
         raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
-    ids, positions = _probe(student.shape.vocab_size)
     ours = streamed_logits(LayerStream(student, torch.float32, trust_remote_code), ids, positions)
     teacher = LayerStream(info, torch.float32, trust_remote_code)
     difference = relative_difference(ours, streamed_logits(teacher, ids, positions, kept, replaced or {}))
@@ -91,6 +91,31 @@ def describe_export(folder: Path, trust_remote_code: bool = False) -> dict[str, 
         "num_parameters": sum(math.prod(tensor.shape) for tensor in student.tensors.values()),
         "engines": _engines_of(student),
     }
+
+
+@torch.no_grad()
+def _run_whole(student: ModelInfo, ids: Tensor, trust_remote_code: bool) -> int:
+    """Parameters of the student as transformers loads it. Raises ArtifactError if it doesn't run in the stored dtype.
+
+    The logits are compared in float32, where kernels ask for less than in bfloat16.
+    """
+    dtype = _stored_dtype(student)
+    model = load_model(student.folder, dtype, trust_remote_code)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Exception as error:  # the kernels' RuntimeError, and whatever a model's own code raises
+        problems = _engines_of(student)["transformers"]["why"]
+        remedy = (
+            f"Set shape.multiple_of=16, or these sizes to multiples of {16 // dtype.itemsize}"
+            if problems
+            else "Check that the teacher runs in this dtype, and please report this"
+        )
+        raise ArtifactError(
+            f"{student.folder} can't be run by transformers in {str(dtype).removeprefix('torch.')} ({error})"
+            + "".join(f"; {problem}" for problem in problems)
+            + f". {remedy}"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _engines_of(student: ModelInfo) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from families import VARIANTS, make_batch, make_model, save_model, student_sizes
 from safetensors.torch import load_file, save_file
 from test_slicing import keep
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from compress.architecture import shape_of
 from compress.compensation import compensated_weights
@@ -26,7 +27,10 @@ from compress.slicing import slice_checkpoint
 def test_a_cut_student_passes(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(variant, dtype=dtype)
     info = read_model(save_model(tmp_path / "teacher", model))
-    kept = keep(model, student_sizes(variant))
+    sizes = student_sizes(variant)
+    if "num_experts" in sizes and dtype == torch.bfloat16:
+        sizes["hidden_size"] = 40  # 36 wouldn't run
+    kept = keep(model, sizes)
     replaced = compensated_weights(model, [make_batch()], kept)
     shape = slice_checkpoint(info, tmp_path / "student", kept, replaced=replaced)
     report = check_student(tmp_path / "student", info, kept, replaced)
@@ -88,6 +92,50 @@ def test_missing_and_further_tensors_and_rows_fail(tmp_path: Path) -> None:
             check_student(tmp_path / "student", info, kept, None)
     with_tensors(**{"model.norm.weight": whole["model.norm.weight"] * float("nan")})
     with pytest.raises(NumericalError, match="not finite"):
+        check_student(tmp_path / "student", info, kept, None)
+
+
+# dtype, sizes of the student, what is wrong
+UNALIGNED = [
+    (torch.bfloat16, {"moe_intermediate_size": 20}, "moe_intermediate_size=20 is no multiple of 8, 16 bytes"),
+    (torch.bfloat16, {"hidden_size": 36, "moe_intermediate_size": 16}, "hidden_size=36 is no multiple of 8, 16 bytes"),
+    (torch.float32, {"moe_intermediate_size": 20}, None),
+]
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("dtype", "sizes", "wrong"), UNALIGNED)
+def test_experts_that_no_kernel_multiplies_fail(
+    variant: str, dtype: torch.dtype, sizes: dict[str, int], wrong: str | None, tmp_path: Path
+) -> None:
+    model = make_model(variant, dtype=dtype)
+    info = read_model(save_model(tmp_path / "teacher", model))
+    kept = keep(model, sizes)
+    slice_checkpoint(info, tmp_path / "student", kept)
+    streamed = check_student(tmp_path / "student", info, kept, None, whole=False)["engines"]["transformers"]
+    if wrong is None:
+        assert streamed["runs"] == "yes"
+        assert check_student(tmp_path / "student", info, kept, None)["engines"]["transformers"] == streamed
+        return
+    assert streamed["runs"] == "no"
+    assert any(wrong in reason for reason in streamed["why"])
+    with pytest.raises(ArtifactError, match=rf"in bfloat16 .*{wrong}.* Set shape.multiple_of=16"):
+        check_student(tmp_path / "student", info, kept, None)
+
+
+def test_a_student_that_fails_by_its_own_code_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", dtype=torch.bfloat16)
+    info = read_model(save_model(tmp_path / "teacher", model))
+    kept = keep(model, student_sizes("llama"))
+    slice_checkpoint(info, tmp_path / "student", kept)
+
+    def refuse(self: object, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype == torch.bfloat16:
+            raise TypeError("no such kernel")
+        return hidden
+
+    monkeypatch.setattr(LlamaMLP, "forward", refuse)
+    with pytest.raises(ArtifactError, match=r"in bfloat16 \(no such kernel\)\. Check that the teacher runs"):
         check_student(tmp_path / "student", info, kept, None)
 
 
