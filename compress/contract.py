@@ -24,6 +24,7 @@ import yaml
 from torch import Tensor
 
 from compress.architecture import ModelInfo, config_layer_types, expert_of, num_parameters
+from compress.artifacts import open_tensors
 from compress.errors import ArtifactError, NumericalError
 from compress.families import Shape
 from compress.folders import read_model
@@ -55,7 +56,7 @@ def check_student(
     Logits are compared a layer at a time, so models of any size are. `whole` False for a student that doesn't fit into
     memory: then transformers loads it strictly a layer at a time too, and doesn't run it in the stored dtype.
     """
-    student = read_model(folder, trust_remote_code)
+    student = _read_student(folder, trust_remote_code)
     promised = num_parameters(info, student.shape)
     found = sum(math.prod(tensor.shape) for tensor in student.tensors.values())
     ids, positions = _probe(student.shape.vocab_size)
@@ -85,12 +86,30 @@ def describe_export(folder: Path, trust_remote_code: bool = False) -> dict[str, 
 
     Raises ArtifactError for tensors that the table doesn't ask for, or that are missing.
     """
-    student = read_model(folder, trust_remote_code)
+    student = _read_student(folder, trust_remote_code)
     return {
         "strict_load": True,
         "num_parameters": sum(math.prod(tensor.shape) for tensor in student.tensors.values()),
         "engines": _engines_of(student),
     }
+
+
+def _read_student(folder: Path, trust_remote_code: bool) -> ModelInfo:
+    """A written folder, checked by its headers. Raises ArtifactError for a tied head that is stored too.
+
+    `read_model` lets a head pass that equals the embedding, as teachers have it; a student isn't to carry it twice.
+    """
+    student = read_model(folder, trust_remote_code)
+    head = student.family.head
+    if student.shape.tied:
+        for shard in sorted(folder.glob("*.safetensors")):
+            with open_tensors(shard) as reader:
+                if head in reader.keys():  # noqa: SIM118  # a reader isn't a mapping
+                    raise ArtifactError(
+                        f"{shard}: {head} is stored, but tie_word_embeddings=true makes it "
+                        f"{student.family.embedding}, which is stored already; please report this"
+                    )
+    return student
 
 
 @torch.no_grad()

@@ -95,6 +95,24 @@ def test_missing_and_further_tensors_and_rows_fail(tmp_path: Path) -> None:
         check_student(tmp_path / "student", info, kept, None)
 
 
+def test_a_tied_head_that_is_stored_too_fails(tmp_path: Path) -> None:
+    model = make_model("llama", tied=True, dtype=torch.float32)
+    save_model(tmp_path / "teacher", model)
+    path = tmp_path / "teacher" / "model.safetensors"
+    whole = load_file(path)
+    save_file({**whole, "lm_head.weight": whole["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    info = read_model(tmp_path / "teacher")  # a teacher may have it
+    kept = keep(model, student_sizes("llama"))
+    slice_checkpoint(info, tmp_path / "student", kept)
+    check_student(tmp_path / "student", info, kept, None)
+    path = tmp_path / "student" / "model.safetensors"
+    whole = load_file(path)
+    save_file({**whole, "lm_head.weight": whole["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    for check in (lambda: check_student(path.parent, info, kept, None), lambda: describe_export(path.parent)):
+        with pytest.raises(ArtifactError, match=r"lm_head.weight is stored, but tie_word_embeddings=true"):
+            check()
+
+
 # dtype, sizes of the student, what is wrong
 UNALIGNED = [
     (torch.bfloat16, {"moe_intermediate_size": 20}, "moe_intermediate_size=20 is no multiple of 8, 16 bytes"),
