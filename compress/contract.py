@@ -1,9 +1,10 @@
 """The export contract: a student that loads, computes what it must, and whose engines are known, or the stage fails.
 
-1. transformers loads the folder strictly, with the promised number of parameters.
+1. transformers loads the folder strictly, with the promised number of parameters, and runs it as it is stored.
 2. Its tensors are those that the axis table asks for, no more; a tied head is stored once; vocabulary rows are whole.
 3. Its logits are those of the masked teacher (`masking.py`), with compensated or merged weights folded into both.
-4. Its sizes against the rules of inference engines (`engines.yaml`): reported; none of them but transformers runs here.
+4. Its sizes and kinds of attention against the rules of inference engines (`engines.yaml`): reported; none of them but
+   transformers runs here.
 """
 
 # B sequences, T tokens, V vocabulary
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from compress.architecture import ModelInfo, expert_of, num_parameters
+from compress.architecture import ModelInfo, config_layer_types, expert_of, num_parameters
+from compress.artifacts import open_tensors
 from compress.errors import ArtifactError, NumericalError
 from compress.families import Shape
 from compress.folders import read_model
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 ENGINES = Path(__file__).parent / "engines.yaml"
 # Of the spread of the logits, in float32. A wrong unit is off by 0.1 and more; sums in another order by about 1e-5.
 TOLERANCE = 1e-3
-SEVERITY = ("yes", "slower", "unquantised only", "no")
+SEVERITY = ("yes", "slower", "unquantised only", "not known", "no")
 PROBE_TOKENS = 48  # in three packed documents
 
 
@@ -52,17 +54,16 @@ def check_student(
     """Points 1 to 4 for a freshly cut student. Raises ArtifactError for the first that doesn't hold.
 
     Logits are compared a layer at a time, so models of any size are. `whole` False for a student that doesn't fit into
-    memory: then transformers loads it strictly a layer at a time too.
+    memory: then transformers loads it strictly a layer at a time too, and doesn't run it in the stored dtype.
     """
-    student = read_model(folder, trust_remote_code)
+    student = _read_student(folder, trust_remote_code)
     promised = num_parameters(info, student.shape)
     found = sum(math.prod(tensor.shape) for tensor in student.tensors.values())
+    ids, positions = _probe(student.shape.vocab_size)
     if whole:
-        stored = getattr(torch, _TORCH[student.tensors[student.family.embedding].dtype])
-        found = sum(p.numel() for p in load_model(folder, stored, trust_remote_code).parameters())
+        found = _run_whole(student, ids, trust_remote_code)
     if found != promised:
         raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
-    ids, positions = _probe(student.shape.vocab_size)
     ours = streamed_logits(LayerStream(student, torch.float32, trust_remote_code), ids, positions)
     teacher = LayerStream(info, torch.float32, trust_remote_code)
     difference = relative_difference(ours, streamed_logits(teacher, ids, positions, kept, replaced or {}))
@@ -76,7 +77,7 @@ def check_student(
         "strict_load": True,
         "num_parameters": found,
         "logits_difference": difference,
-        "engines": engine_report(info.family.model_type, student.shape),
+        "engines": _engines_of(student),
     }
 
 
@@ -85,12 +86,60 @@ def describe_export(folder: Path, trust_remote_code: bool = False) -> dict[str, 
 
     Raises ArtifactError for tensors that the table doesn't ask for, or that are missing.
     """
-    student = read_model(folder, trust_remote_code)
+    student = _read_student(folder, trust_remote_code)
     return {
         "strict_load": True,
         "num_parameters": sum(math.prod(tensor.shape) for tensor in student.tensors.values()),
-        "engines": engine_report(student.family.model_type, student.shape),
+        "engines": _engines_of(student),
     }
+
+
+def _read_student(folder: Path, trust_remote_code: bool) -> ModelInfo:
+    """A written folder, checked by its headers. Raises ArtifactError for a tied head that is stored too.
+
+    `read_model` lets a head pass that equals the embedding, as teachers have it; a student isn't to carry it twice.
+    """
+    student = read_model(folder, trust_remote_code)
+    head = student.family.head
+    if student.shape.tied:
+        for shard in sorted(folder.glob("*.safetensors")):
+            with open_tensors(shard) as reader:
+                if head in reader.keys():  # noqa: SIM118  # a reader isn't a mapping
+                    raise ArtifactError(
+                        f"{shard}: {head} is stored, but tie_word_embeddings=true makes it "
+                        f"{student.family.embedding}, which is stored already; please report this"
+                    )
+    return student
+
+
+@torch.no_grad()
+def _run_whole(student: ModelInfo, ids: Tensor, trust_remote_code: bool) -> int:
+    """Parameters of the student as transformers loads it. Raises ArtifactError if it doesn't run in the stored dtype.
+
+    The logits are compared in float32, where kernels ask for less than in bfloat16.
+    """
+    dtype = _stored_dtype(student)
+    model = load_model(student.folder, dtype, trust_remote_code)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Exception as error:  # the kernels' RuntimeError, and whatever a model's own code raises
+        problems = _engines_of(student)["transformers"]["why"]
+        remedy = (
+            f"Set shape.multiple_of=16, or these sizes to multiples of {16 // dtype.itemsize}"
+            if problems
+            else "Check that the teacher runs in this dtype, and please report this"
+        )
+        raise ArtifactError(
+            f"{student.folder} can't be run by transformers in {str(dtype).removeprefix('torch.')} ({error})"
+            + "".join(f"; {problem}" for problem in problems)
+            + f". {remedy}"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _engines_of(student: ModelInfo) -> dict[str, dict[str, Any]]:
+    types = config_layer_types(student.parsed)
+    return engine_report(student.family.model_type, student.shape, types, _stored_dtype(student).itemsize)
 
 
 def log_engines(contract: Mapping[str, Any]) -> None:
@@ -142,6 +191,11 @@ def _of_layer(replaced: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+def _stored_dtype(student: ModelInfo) -> torch.dtype:
+    found: torch.dtype = getattr(torch, _TORCH[student.tensors[student.family.embedding].dtype])
+    return found
+
+
 def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
     """Token ids (1, T) over the whole vocabulary, and positions of three packed documents."""
     ids = (torch.arange(PROBE_TOKENS) * max(1, vocab_size // PROBE_TOKENS) + 3) % vocab_size
@@ -160,61 +214,93 @@ def relative_difference(one: Tensor, other: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _Rule:
-    sizes: tuple[str, ...]
-    multiple_of: int | None
-    at_most: int | None
-    one_of: tuple[int, ...] | None
-    otherwise: str  # one of SEVERITY
-    source: str
+class _Student:
+    """What the rules look at."""
 
-    def broken(self, values: Mapping[str, int]) -> list[str]:
+    model_type: str
+    sizes: Mapping[str, int]  # those of Shape, `query_width` and `key_value_width`
+    layer_types: Sequence[str]  # empty where the family doesn't distinguish
+    item_bytes: int  # of a stored weight
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What an engine asks of a student, and what is so `otherwise`, one of SEVERITY; engines.yaml explains the keys."""
+
+    otherwise: str
+    source: str
+    families: Sequence[str] | None = None
+    sizes: Sequence[str] = ()
+    multiple_of: int | None = None
+    multiple_of_bytes: int | None = None
+    at_most: int | None = None
+    one_of: Sequence[int] | None = None
+    equal: Sequence[str] = ()
+    sliding_period: int | None = None
+
+    def broken(self, student: _Student) -> list[str]:
         """What doesn't hold, in words; a size of 0 isn't there."""
-        found = []
-        for size in self.sizes:
-            value = values[size]
-            if value and self.multiple_of and value % self.multiple_of:
-                found.append(f"{size}={value} is no multiple of {self.multiple_of}")
-            if value and self.at_most and value > self.at_most:
-                found.append(f"{size}={value} is more than {self.at_most}")
-            if value and self.one_of and value not in self.one_of:
-                found.append(f"{size}={value} is none of {', '.join(map(str, self.one_of))}")
+        if self.families is not None and student.model_type not in self.families:
+            return []
+        found = [problem for size in self.sizes for problem in self._of_size(size, student)]
+        if len({student.sizes[size] for size in self.equal}) > 1:
+            found.append(" and ".join(f"{size}={student.sizes[size]}" for size in self.equal) + " are not equal")
+        if self.sliding_period:
+            found += _out_of_step(student.layer_types, self.sliding_period)
         return found
+
+    def _of_size(self, size: str, student: _Student) -> Iterator[str]:
+        value = student.sizes[size]
+        if not value:
+            return
+        if self.multiple_of and value % self.multiple_of:
+            yield f"{size}={value} is no multiple of {self.multiple_of}"
+        if self.multiple_of_bytes and value * student.item_bytes % self.multiple_of_bytes:
+            items = self.multiple_of_bytes // student.item_bytes
+            yield f"{size}={value} is no multiple of {items}, {self.multiple_of_bytes} bytes in the stored dtype"
+        if self.at_most and value > self.at_most:
+            yield f"{size}={value} is more than {self.at_most}"
+        if self.one_of and value not in self.one_of:
+            yield f"{size}={value} is none of {', '.join(map(str, self.one_of))}"
+
+
+def _out_of_step(layer_types: Sequence[str], period: int) -> list[str]:
+    """The first layer that slides, or doesn't, against a pattern in which the last layer of each period doesn't."""
+    for layer, kind in enumerate(layer_types):
+        expected = "full_attention" if layer % period == period - 1 else "sliding_attention"
+        if kind != expected:
+            return [f"layer_types: layer {layer} is {kind}, where it computes {expected} (period {period})"]
+    return []
 
 
 @cache
 def _engines() -> dict[str, dict[str, Any]]:
-    content = yaml.safe_load(ENGINES.read_text())
-    for engine in content.values():
-        engine["rules"] = [
-            _Rule(
-                tuple(rule["sizes"]),
-                rule.get("multiple_of"),
-                rule.get("at_most"),
-                tuple(rule["one_of"]) if "one_of" in rule else None,
-                rule["otherwise"],
-                rule["source"],
-            )
-            for rule in engine["rules"]
-        ]
-    found: dict[str, dict[str, Any]] = content
+    found: dict[str, dict[str, Any]] = yaml.safe_load(ENGINES.read_text())
+    for engine in found.values():
+        engine["rules"] = [_Rule(**rule) for rule in engine["rules"]]
     return found
 
 
-def engine_report(model_type: str, shape: Shape) -> dict[str, dict[str, Any]]:
-    """For each engine whether the sizes suit it: `runs` (one of SEVERITY), why, and the tensor-parallel sizes."""
-    values = {
+def engine_report(
+    model_type: str, shape: Shape, layer_types: Sequence[str] | None, item_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """For each engine whether it runs such a student: `runs` (one of SEVERITY), why, and the tensor-parallel sizes.
+
+    `layer_types` None where the family doesn't distinguish; `item_bytes` of a stored weight.
+    """
+    sizes = {
         **vars(shape),
         "query_width": shape.num_attention_heads * shape.head_dim,
         "key_value_width": shape.num_key_value_heads * shape.head_dim,
     }
+    student = _Student(model_type, sizes, layer_types or (), item_bytes)
     report = {}
     for name, engine in _engines().items():
         why, runs = [], "yes"
         if model_type not in engine.get("families", [model_type]):
-            runs, why = "no", [f"model_type={model_type} is not among those it is known to read"]
+            runs, why = "not known", [f"model_type={model_type} is not among those it is known to read"]
         for rule in engine["rules"]:
-            for problem in rule.broken(values):
+            for problem in rule.broken(student):
                 why.append(f"{problem} ({rule.source})")
                 runs = max(runs, rule.otherwise, key=SEVERITY.index)
         report[name] = {"title": engine["title"], "runs": runs, "why": why}
