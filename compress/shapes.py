@@ -27,7 +27,7 @@ from compress.architecture import (
 )
 from compress.errors import ArchitectureError, ConfigError
 from compress.families import PRUNABLE, Shape, family_of
-from compress.scores import Importance, Widths
+from compress.scores import Importance, LayerRemovals, Widths
 from compress.slicing import select_heads
 
 MAX_CHOICES = 32  # of one axis: a large model's grid gets coarser instead of longer
@@ -381,14 +381,11 @@ def rank(
       1 - sqrt(1 - e), and every kept layer reads a stream that lacks e, so adds BI * e.
 
     With another depth criterion than block influence the layers' part is its measured damage; the other parts are
-    then scaled by the damage per block influence of the first removed layer (the smallest disturbance, where damage
-    is proportional to lost energy).
+    then scaled by the damage per block influence: `_damage_per_influence`.
     """
     scores, removals = importance.width(width), importance.depth(depth)
     influence_L = importance.block_influence_L.double().clamp(min=0)
-    scale = 1.0
-    if removals.removed:
-        scale = max(removals.cost[0], 1e-12) / max(float(influence_L[removals.removed[0][0]]), 1e-12)
+    scale = _damage_per_influence(removals, influence_L)
     hidden_kept = _kept_share(scores["hidden"])
     units_kept = {axis: _kept_share(scores[axis]) for axis in ("intermediate", "experts", "expert_intermediate")
                   if axis in scores}  # fmt: skip
@@ -417,6 +414,21 @@ def rank(
         }
         candidates.append(Candidate(shape, count, sum(parts.values()), parts))
     return sorted(candidates, key=lambda c: (c.damage, -c.num_parameters))
+
+
+def _damage_per_influence(removals: LayerRemovals, influence_L: Tensor) -> float:
+    """Of the smallest removal that tells: for small disturbances damage is proportional to lost energy.
+
+    A model can do better on a task, or on the text by loss, without a layer. How far the damage falls below 0 is how
+    little it tells of lost energy, so a removal counts whose damage is above 0 by more than that. Without one the
+    widths are left on block influence's own scale.
+    """
+    unclear = max([0.0, *(-cost for cost in removals.cost)])
+    for layers, cost in zip(removals.removed, removals.cost, strict=True):
+        influence = float(influence_L[layers].sum())
+        if cost > unclear and influence > 0:
+            return cost / influence
+    return 1.0
 
 
 def _kept_share(scores: Tensor) -> Tensor:

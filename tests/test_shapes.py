@@ -250,6 +250,41 @@ def test_measured_kl_sets_the_scale(importance: Importance) -> None:
     assert found[shapes[1][0]] == pytest.approx(3 * by_influence[shapes[1][0]], rel=1e-5)
 
 
+def _with_costs(importance: Importance, cost: list[float]) -> Importance:
+    order = importance.block_influence_L.argsort().tolist()
+    removals = LayerRemovals([order[: n + 1] for n in range(len(cost))], cost)
+    return replace(importance, depths={"task": removals})
+
+
+@pytest.mark.parametrize(
+    ("cost", "number"),
+    [
+        ([-0.01, 0.02, 0.05], 2),
+        ([0.0, 0.02, 0.05], 2),
+        ([-0.01, 0.001, 0.05], 3),  # what lies within the improvement tells nothing
+        ([0.001, -0.01, 0.05], 3),
+    ],
+)
+def test_layers_that_better_go_leave_widths_their_damage(
+    cost: list[float], number: int, importance: Importance
+) -> None:
+    """The scale is of the first removal that harms by more than another improves."""
+    teacher = shape_of(make_model().config)
+    narrow = with_sizes(teacher, {"hidden_size": 24, "intermediate_size": 36})
+    plain = rank([(narrow, 1)], importance, teacher)[0].damage
+    influence = importance.block_influence_L.sort().values.double()[:number].sum()
+    found = rank([(narrow, 1)], _with_costs(importance, cost), teacher)[0].damage
+    assert found == pytest.approx(float(plain * cost[number - 1] / influence), rel=1e-5)
+
+
+def test_without_a_removal_that_harms_widths_count_by_block_influence(importance: Importance) -> None:
+    teacher = shape_of(make_model().config)
+    shapes = [(with_sizes(teacher, s), 1) for s in ({"num_hidden_layers": 3}, {"intermediate_size": 36})]
+    layers, narrow = rank(shapes, _with_costs(importance, [-0.02, 0.01]), teacher)
+    assert layers.damage == pytest.approx(0.01)
+    assert narrow.damage == pytest.approx(rank(shapes[1:], importance, teacher)[0].damage)
+
+
 def test_the_lost_share_is_that_of_what_select_drops(importance: Importance) -> None:
     teacher = shape_of(make_model().config)
     shape = with_sizes(teacher, {"intermediate_size": 40, "num_hidden_layers": 4})
