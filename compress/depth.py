@@ -63,7 +63,8 @@ def removal_reach(num_hidden_layers: int, wanted: int | None, reach: int | None)
 class Measure(Protocol):
     """How bad final hidden states (N, D) at the looked-at tokens are, in the order of the batches: (sum, of how much).
 
-    The damage is their ratio, 0 or more; kept apart so that several ranks' shares can be added.
+    Their ratio is 0 or more; kept apart so that several ranks' shares can be added. A removal's damage is how far it
+    rises: by loss or task also below 0, where the model does better without the layers; by kl or nmse it doesn't fall.
     """
 
     def __call__(self, final_ND: Tensor) -> tuple[float, float]: ...

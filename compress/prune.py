@@ -24,7 +24,7 @@ from compress.folders import read_model
 from compress.inputs import source_of, streams
 from compress.scores import Importance
 from compress.settings import CompressConfig
-from compress.shapes import Candidate, enumerate_shapes, rank
+from compress.shapes import HEADS, Candidate, enumerate_shapes, rank
 from compress.slicing import select
 from compress.targets import (
     ADAPTERS,
@@ -40,6 +40,7 @@ from compress.targets import (
 
 log = logging.getLogger(__name__)
 REPORT = "report.json"
+MLP_SIZES = ("intermediate_size", "moe_intermediate_size")
 NUM_REPORTED = 20  # candidates in the report; the order behind them matters to nobody
 
 
@@ -151,25 +152,38 @@ def _choices(config: CompressConfig, info: ModelInfo, importance: Importance, sh
     found = "best of the search" if config.search.num_candidates else "best predicted"
     choices = {}
     for name in info.family.prunable:
-        value, teacher = getattr(shape, name), getattr(info.shape, name)
         if name in given:
-            choices[name] = f"given: prune.{name}={value}"
+            choices[name] = f"given: prune.{name}={given[name]}"
         elif searched:
             choices[name] = f"{found} within {limits}"
         else:
             choices[name] = "the teacher's"
-        widths = ("hidden_size", "intermediate_size", "moe_intermediate_size")
-        if searched and name in widths and name not in given and value != teacher:
-            choices[name] += f", a multiple of shape.multiple_of={config.shape.multiple_of}"
-        if searched and name != "hidden_size" and name not in given and config.shape.tensor_parallel > 1:
-            choices[name] += f"; shared evenly by shape.tensor_parallel={config.shape.tensor_parallel} ranks"
-        if name == "hidden_size" and info.family.hidden_divisible_by_heads and value != teacher:
-            choices[name] += (
-                f"; divisible by num_attention_heads={shape.num_attention_heads} as {info.family.title} asks"
-            )
+        roundings = _roundings(config, info, shape, name, chosen=searched and name not in given)
+        choices[name] = "; ".join((choices[name], *roundings))
     if config.prune.removed_layers is not None:
         choices["num_hidden_layers"] = f"given: prune.removed_layers={config.prune.removed_layers}"
     elif shape.num_hidden_layers != info.shape.num_hidden_layers:
         by = config.prune.depth_criterion or next(iter(importance.depths))
         choices["num_hidden_layers"] += f"; layers removed by {by}"
     return choices
+
+
+def _roundings(config: CompressConfig, info: ModelInfo, shape: Shape, name: str, chosen: bool) -> list[str]:
+    """The rules that a size was rounded by; `chosen`: the budget's search chose it, so that it keeps to shape.* too."""
+    family, tensor_parallel, value = info.family, config.shape.tensor_parallel, getattr(shape, name)
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    changed = value != getattr(info.shape, name)
+    rules = []
+    if chosen and changed and name in (*MLP_SIZES, "hidden_size"):
+        rules.append(f"a multiple of shape.multiple_of={config.shape.multiple_of}")
+    if changed and name == "num_attention_heads" and "num_key_value_heads" in family.prunable:
+        rules.append(f"heads per group: {shape.group_size} for each of num_key_value_heads={groups}")
+    if chosen and tensor_parallel > 1 and name in (*MLP_SIZES, *HEADS):  # what `uneven_size` checks
+        shared = f"shape.tensor_parallel={tensor_parallel} ranks"
+        even = value % tensor_parallel == 0
+        rules.append(
+            f"shared evenly by {shared}" if even else f"each copied to {tensor_parallel // groups} of {shared}"
+        )
+    if changed and name == "hidden_size" and family.hidden_divisible_by_heads:
+        rules.append(f"divisible by num_attention_heads={heads} as {family.title} asks")
+    return rules

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, lcm
 
 import torch
@@ -18,15 +20,18 @@ from compress.architecture import (
     num_active_parameters,
     num_embedding_parameters,
     num_parameters,
+    parse_config,
+    student_config,
     uneven_size,
     with_sizes,
 )
-from compress.errors import ConfigError
-from compress.families import PRUNABLE, Shape
-from compress.scores import Importance, Widths
+from compress.errors import ArchitectureError, ConfigError
+from compress.families import PRUNABLE, Shape, family_of
+from compress.scores import Importance, LayerRemovals, Widths
 from compress.slicing import select_heads
 
 MAX_CHOICES = 32  # of one axis: a large model's grid gets coarser instead of longer
+HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,8 @@ def enumerate_shapes(info: ModelInfo, grid: Grid) -> list[tuple[Shape, int]]:
                 above = used, options[low]
     if inside:
         return inside
+    if not extremes:
+        raise _nothing_legal(info, grid)
     asked = " with ".join(f"{limit.key}={limit.value:,}" for limit in grid.limits)
     why = (
         f"{asked} (at least {grid.min_budget_ratio:.0%} of it used) is out of reach with "
@@ -151,8 +158,6 @@ def enumerate_shapes(info: ModelInfo, grid: Grid) -> list[tuple[Shape, int]]:
         + f", shape.multiple_of={grid.multiple_of}"
         + (f" and the given {', '.join(f'prune.{k}={v}' for k, v in fixed.items())}" if fixed else "")
     )
-    if not extremes:
-        raise ConfigError(f"{why}: no shape is legal; free some of the given sizes")
     reach = []
     for limit in grid.limits:
         values = [limit.measure(shape) for shape in extremes]
@@ -172,23 +177,60 @@ def extremes(info: ModelInfo, grid: Grid) -> tuple[int, int]:
         for shape in (options[0], options[-1])
     ]
     if not ends:
-        given = ", ".join(f"prune.{name}={value}" for name, value in (grid.fixed or {}).items())
-        raise ConfigError(f"no shape is legal with the given {given}; free some of these sizes")
+        raise _nothing_legal(info, grid)
     return min(ends), max(ends)
 
 
 def check_fixed(info: ModelInfo, grid: Grid) -> None:
     """Refuse a given size that is wrong by itself, so that the message is about it and not about the budget.
 
-    Given heads are judged only as a pair: open ones can still be chosen to suit.
+    Heads and hidden size are judged together, the open ones of them chosen to suit those that are given.
     """
     fixed = dict(grid.fixed or {})
-    heads = {"num_attention_heads", "num_key_value_heads"}
-    judged = set(fixed) if heads <= set(fixed) else set(fixed) - heads
-    check_shape(info, with_sizes(info.shape, {name: fixed[name] for name in judged}), grid.multiple_of)
-    for name in heads & set(fixed):
-        if fixed[name] > getattr(info.shape, name):
+    for name in HEADS:
+        if fixed.get(name, 0) > getattr(info.shape, name):
             raise ConfigError(f"prune.{name}={fixed[name]} is more than the teacher's {getattr(info.shape, name)}")
+    suiting = next(_attention(info, grid, fixed), None)
+    if suiting is None and not set(HEADS) <= set(fixed):
+        raise _nothing_legal(info, grid)
+    check_shape(info, with_sizes(info.shape, {**fixed, **(suiting or {})}), grid.multiple_of)
+
+
+def _nothing_legal(info: ModelInfo, grid: Grid) -> ConfigError:
+    """Why no shape is legal, whatever the budget, and for each given size what would be, with the rest as given."""
+    fixed = dict(grid.fixed or {})
+    bounds = [f"prune.{name}={value}" for name, value in fixed.items()]
+    bounds += [f"shape.{key}={getattr(grid, key)}" for key in ("multiple_of", "tensor_parallel", "max_width_pruning")]
+    reason = _broken_rule(info, grid, fixed)
+    legal = {name: _nearest_legal(info, grid, name) for name in fixed}
+    remedies = [f"prune.{name}={' or '.join(map(str, near))}" for name, near in legal.items() if near]
+    remedy = f"legal with the rest as given: {'; '.join(remedies)}" if remedies else "loosen several of these"
+    return ConfigError(f"no shape is legal with {', '.join(bounds)}{f' ({reason})' if reason else ''}; {remedy}")
+
+
+def _nearest_legal(info: ModelInfo, grid: Grid, name: str) -> list[int]:
+    """The two values of a given size that are nearest to it among those that are legal with the rest as given."""
+    apart = {other: getattr(info.shape, other) for other in ("num_hidden_layers", "num_experts")}  # suit all the others
+    if name in apart:
+        return []
+    given = dict(grid.fixed or {})
+    value = given.pop(name)
+    found = {getattr(shape, name) for options in _open_shapes(info, grid, {**given, **apart}) for shape in options}
+    return sorted(sorted(found, key=lambda size: abs(size - value))[:2])
+
+
+def _broken_rule(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> str | None:
+    """What every choice of heads and hidden size runs into; None where that is for the bounds themselves to say."""
+    teacher, family = info.shape, info.family
+    pairs = _heads(teacher, grid, fixed)
+    if not pairs:
+        return f"each key-value head keeps the same number of query heads, 1 to {teacher.group_size}"
+    found = [(*pair, hidden) for pair in pairs for hidden in _hidden(info, pair[0], grid, fixed)]
+    if found:
+        return next((refusal for sizes in found if (refusal := _refusal(info, *sizes))), None)
+    if family.locked:
+        return f"in {family.title} hidden_size is num_attention_heads x {teacher.head_dim}"
+    return f"for {family.title} in transformers 5 hidden_size is a multiple of num_attention_heads"
 
 
 def _describe(shape: Shape, teacher: Shape) -> str:
@@ -203,23 +245,48 @@ def _open_shapes(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> Itera
     last = "intermediate_size" if teacher.intermediate_size else "moe_intermediate_size"
     step = lcm(grid.multiple_of, grid.tensor_parallel)
     widths = [w for w in _widths(last, getattr(teacher, last), step, grid, fixed) if w % grid.tensor_parallel == 0]
-    for heads, groups in _heads(teacher, grid, fixed) if widths else ():
-        if uneven_size(
-            with_sizes(teacher, {"num_attention_heads": heads, "num_key_value_heads": groups, last: widths[0]}),
-            grid.tensor_parallel,
-        ):
-            continue
-        for hidden in _hidden(info, heads, grid, fixed):
-            for layers in _layers(teacher, grid, fixed):
-                for experts in _experts(info, grid, fixed):
-                    sizes = {
-                        "hidden_size": hidden,
-                        "num_hidden_layers": layers,
-                        "num_attention_heads": heads,
-                        "num_key_value_heads": groups,
-                        "num_experts": experts,
-                    }
-                    yield [with_sizes(teacher, {**sizes, last: width}) for width in widths]
+    for attention in _attention(info, grid, fixed) if widths else ():
+        for layers in _layers(teacher, grid, fixed):
+            for experts in _experts(info, grid, fixed):
+                sizes = {**attention, "num_hidden_layers": layers, "num_experts": experts}
+                yield [with_sizes(teacher, {**sizes, last: width}) for width in widths]
+
+
+def _attention(info: ModelInfo, grid: Grid, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Heads and hidden size that go together: by the family's rules, by transformers', and for the ranks."""
+
+    def hidden_sizes(heads: int, groups: int) -> Iterator[int]:
+        # The MLP is shared over the ranks too, but it isn't chosen here: 0 suits any number of them.
+        mlp = {"intermediate_size": 0, "moe_intermediate_size": 0}
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, **mlp}
+        if not uneven_size(with_sizes(info.shape, sizes), grid.tensor_parallel):
+            for hidden in _hidden(info, heads, grid, fixed):
+                if _refusal(info, heads, groups, hidden) is None:
+                    yield hidden
+
+    # Only heads that have a hidden size are thinned out: the few that suit a given one would be lost among the others.
+    pairs = [pair for pair in _heads(info.shape, grid, fixed) if next(hidden_sizes(*pair), None) is not None]
+    for heads, groups in _thinned(pairs):
+        for hidden in hidden_sizes(heads, groups):
+            yield {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": groups}
+
+
+def _refusal(info: ModelInfo, heads: int, groups: int, hidden: int) -> str | None:
+    """What transformers has against these sizes, such as Phi-3's with longrope, where the table has no rule for it."""
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": groups}
+    return _refusal_of(json.dumps(info.config, sort_keys=True), with_sizes(info.shape, sizes))
+
+
+@lru_cache(maxsize=2**14)  # milliseconds each, and a search enumerates the same grid again and again
+def _refusal_of(config_json: str, shape: Shape) -> str | None:
+    config = json.loads(config_json)
+    try:
+        family = family_of(config, "config.json")
+        student = student_config(config, family, shape, range(shape.num_hidden_layers))
+        parse_config(student, f"hidden_size={shape.hidden_size} num_attention_heads={shape.num_attention_heads}")
+    except ArchitectureError as error:
+        return str(error)
+    return None
 
 
 def _hidden(info: ModelInfo, heads: int, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
@@ -266,8 +333,12 @@ def _layers(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[int]:
 def _heads(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[tuple[int, int]]:
     """(query heads, key-value heads) with the same number of query heads in every group.
 
-    Open heads go by whole groups or by whole heads of every group; each count is within max_width_pruning.
+    Open heads go by whole groups or by whole heads of every group; each count is within max_width_pruning. The
+    teacher's own come first.
     """
+    fixed = {name: fixed[name] for name in HEADS if name in fixed}
+    if fixed and teacher.group_size == 1:  # one of them given gives both
+        fixed = {name: getattr(with_sizes(teacher, fixed), name) for name in HEADS}
     lowest_heads = ceil(teacher.num_attention_heads * (1 - grid.max_width_pruning))
     lowest_groups = ceil(teacher.num_key_value_heads * (1 - grid.max_width_pruning))
     found = []
@@ -282,8 +353,12 @@ def _heads(teacher: Shape, grid: Grid, fixed: Mapping[str, int]) -> list[tuple[i
             groups_free = "num_key_value_heads" not in fixed and groups < lowest_groups
             if not (heads_free or groups_free):
                 found.append((heads, groups))
-    stride = max(1, ceil(len(found) / MAX_CHOICES))
-    return found[::-1][::stride]  # the teacher's own always stays
+    return found[::-1]
+
+
+def _thinned(pairs: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """At most MAX_CHOICES of them; the first stays."""
+    return pairs[:: max(1, ceil(len(pairs) / MAX_CHOICES))]
 
 
 def rank(
@@ -306,14 +381,11 @@ def rank(
       1 - sqrt(1 - e), and every kept layer reads a stream that lacks e, so adds BI * e.
 
     With another depth criterion than block influence the layers' part is its measured damage; the other parts are
-    then scaled by the damage per block influence of the first removed layer (the smallest disturbance, where damage
-    is proportional to lost energy).
+    then scaled by the damage per block influence: `_damage_per_influence`.
     """
     scores, removals = importance.width(width), importance.depth(depth)
     influence_L = importance.block_influence_L.double().clamp(min=0)
-    scale = 1.0
-    if removals.removed:
-        scale = max(removals.cost[0], 1e-12) / max(float(influence_L[removals.removed[0][0]]), 1e-12)
+    scale = _damage_per_influence(removals, influence_L)
     hidden_kept = _kept_share(scores["hidden"])
     units_kept = {axis: _kept_share(scores[axis]) for axis in ("intermediate", "experts", "expert_intermediate")
                   if axis in scores}  # fmt: skip
@@ -342,6 +414,21 @@ def rank(
         }
         candidates.append(Candidate(shape, count, sum(parts.values()), parts))
     return sorted(candidates, key=lambda c: (c.damage, -c.num_parameters))
+
+
+def _damage_per_influence(removals: LayerRemovals, influence_L: Tensor) -> float:
+    """Of the smallest removal that tells: for small disturbances damage is proportional to lost energy.
+
+    A model can do better on a task, or on the text by loss, without a layer. How far the damage falls below 0 is how
+    little it tells of lost energy, so a removal counts whose damage is above 0 by more than that. Without one the
+    widths are left on block influence's own scale.
+    """
+    unclear = max([0.0, *(-cost for cost in removals.cost)])
+    for layers, cost in zip(removals.removed, removals.cost, strict=True):
+        influence = float(influence_L[layers].sum())
+        if cost > unclear and influence > 0:
+            return cost / influence
+    return 1.0
 
 
 def _kept_share(scores: Tensor) -> Tensor:

@@ -51,6 +51,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {**EXPERTS, "num_local_experts": 5, "sliding_window": WINDOW, "swiglu_limit": 1.5,
                             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
 }  # fmt: skip
+# Switches of phi3 of which transformers asks hidden_size // num_attention_heads // 2 factors, whatever head_dim is.
+LONGROPE: dict[str, Any] = {
+    "head_dim": 8,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    },
+}
 DENSE = {
     "hidden_size": 36,
     "intermediate_size": 40,
@@ -96,7 +107,7 @@ def axes_of(variant: str) -> dict[str, dict[str, int]]:
 
 
 def make_model(
-    variant: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: int
+    variant: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: Any
 ) -> PreTrainedModel:
     """A model of the variant in eval mode; float64 everywhere but inside transformers' norms and rotary tables."""
     model_type, switches = VARIANTS[variant]

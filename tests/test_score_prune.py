@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import SIZES, logits, make_batch, make_model, save_model
+from families import LONGROPE, SIZES, logits, make_batch, make_model, save_model
 from safetensors.torch import load_file
 
 from compress import prune, score
-from compress.architecture import num_parameters, shape_of
+from compress.architecture import num_parameters, shape_of, uneven_size, with_sizes
 from compress.artifacts import fingerprint_path
 from compress.criteria import AGGREGATIONS
 from compress.depth import rank_layers
@@ -245,6 +245,56 @@ def test_a_budget_end_to_end(teacher: Path, run_dir: Path, depth: DepthCriterion
 def test_preflight_refuses_a_bad_shape(settings: dict[str, Any], message: str, teacher: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         prune.preflight(make_config(teacher, prune=PruneConfig(**settings)))
+
+
+def test_preflight_refuses_a_budget_that_no_config_of_the_teacher_fits(tmp_path: Path) -> None:
+    """Before anything is tokenized: what only transformers' own config class knows of."""
+    teacher = save_model(tmp_path / "longrope", make_model("phi3", dtype=torch.float32, **LONGROPE))
+    settings = PruneConfig(max_parameters=60_000, hidden_size=48, num_attention_heads=3)
+    with pytest.raises(ConfigError, match=r"transformers refuses it as a Phi-3 config: .*short_factor"):
+        prune.preflight(make_config(teacher, prune=settings))
+
+
+def _choices(teacher: Path, tensor_parallel: int, sizes: dict[str, int], **settings: Any) -> tuple[dict[str, str], Any]:
+    """What the report says of the teacher's shape with `sizes`, and that shape."""
+    info = read_model(teacher)
+    shape = with_sizes(info.shape, sizes)
+    importance = estimate_importance(load_model(teacher, torch.float32), [make_batch()])
+    config = make_config(teacher, prune=PruneConfig(**settings))
+    config.shape.tensor_parallel = tensor_parallel
+    return prune._choices(config, info, importance, shape), shape
+
+
+def test_every_rounding_of_a_size_has_its_sentence(teacher: Path) -> None:
+    sizes = {"hidden_size": 36, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    assert _choices(teacher, 2, sizes, max_parameters=50_000)[0] == {
+        name: f"best predicted within prune.max_parameters=50,000{rules}"
+        for name, rules in {
+            "hidden_size": "; a multiple of shape.multiple_of=4; divisible by num_attention_heads=4 as Llama asks",
+            "intermediate_size": "; a multiple of shape.multiple_of=4; shared evenly by shape.tensor_parallel=2 ranks",
+            "num_hidden_layers": "",
+            "num_attention_heads": "; heads per group: 2 for each of num_key_value_heads=2; shared evenly by "
+            "shape.tensor_parallel=2 ranks",
+            "num_key_value_heads": "; shared evenly by shape.tensor_parallel=2 ranks",
+        }.items()
+    }
+    found, _ = _choices(teacher, 4, sizes, max_parameters=50_000, intermediate_size=40)
+    assert found["intermediate_size"] == "given: prune.intermediate_size=40"
+    assert found["num_key_value_heads"].endswith("; each copied to 2 of shape.tensor_parallel=4 ranks")
+    assert "copied" not in found["num_attention_heads"]
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3_moe"])
+def test_only_the_sizes_that_ranks_share_are_said_to_be_shared(variant: str, tmp_path: Path) -> None:
+    """Those that `uneven_size` names once they don't divide; 7 ranks, so that one more head is no multiple either."""
+    teacher = save_model(tmp_path / variant, make_model(variant, dtype=torch.float32))
+    even = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 7)
+    mlp = "moe_intermediate_size" if variant == "qwen3_moe" else "intermediate_size"
+    found, shape = _choices(teacher, 7, {**even, mlp: 14}, max_parameters=50_000)
+    assert uneven_size(shape, 7) is None
+    for name, text in found.items():
+        uneven = uneven_size(replace(shape, **{name: getattr(shape, name) + 1}), 7)
+        assert ("tensor_parallel" in text) == (uneven is not None), name
 
 
 def test_preflight_refuses_a_bad_teacher_and_lets_a_foreign_student_pass(teacher: Path, tmp_path: Path) -> None:

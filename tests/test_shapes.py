@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import VARIANTS, make_batch, make_model, save_model
+from families import LONGROPE, VARIANTS, make_batch, make_model, save_model
+from transformers import CONFIG_MAPPING
 
 from compress.architecture import ModelInfo, check_shape, num_parameters, shape_of, with_sizes
 from compress.errors import ConfigError
-from compress.families import PRUNABLE
+from compress.families import FAMILIES, PRUNABLE
 from compress.folders import read_model
 from compress.importance import estimate_importance
 from compress.scores import Importance, LayerRemovals
@@ -18,6 +21,7 @@ from compress.shapes import (
     Grid,
     active_limit,
     enumerate_shapes,
+    extremes,
     memory_limit,
     non_embedding_limit,
     parameter_limit,
@@ -107,8 +111,26 @@ def test_given_sizes_stay_and_the_bounds_hold(models: dict[str, ModelInfo]) -> N
             {"max_width_pruning": 0, "min_budget_ratio": 0.999},
             r"out of reach .* nearest: prune.num_hidden_layers=3 with .*; prune.num_hidden_layers=4 with",
         ),
-        ({"fixed": {"hidden_size": 40}}, r"prune.hidden_size=40 must be a multiple .* nearest: 36 or 48"),
-        ({"fixed": {"num_attention_heads": 5}}, r"given prune.num_attention_heads=5: no shape is legal"),
+        ({"fixed": {"hidden_size": 42}}, r"prune.hidden_size=42 must be a multiple .* nearest: 36 or 48"),
+        (
+            {"fixed": {"hidden_size": 38}},
+            r"no shape is legal with prune.hidden_size=38, .*\(for Llama .* a multiple of num_attention_heads\); "
+            r"legal with the rest as given: prune.hidden_size=36 or 40$",
+        ),
+        (
+            {"fixed": {"num_attention_heads": 5, "num_hidden_layers": 4}},
+            r"no shape is legal with prune.num_attention_heads=5, .*same number of query heads, 1 to 2\); "
+            r"legal with the rest as given: prune.num_attention_heads=4 or 6$",
+        ),
+        (
+            {"fixed": {"num_attention_heads": 3}, "tensor_parallel": 2},
+            r"no shape is legal with .*shape.tensor_parallel=2, .*given: prune.num_attention_heads=4$",
+        ),
+        (
+            {"fixed": {"intermediate_size": 61}, "tensor_parallel": 2, "multiple_of": 1},
+            r"no shape is legal with prune.intermediate_size=61, .*shape.tensor_parallel=2, "
+            r".*given: prune.intermediate_size=60 or 62$",
+        ),
         ({"fixed": {"num_key_value_heads": 4}}, r"prune.num_key_value_heads=4 is more than the teacher's 3"),
     ],
 )
@@ -119,6 +141,59 @@ def test_a_budget_out_of_reach_names_what_can_be_reached(
     settings = {"max_parameters": int(0.7 * num_parameters(info, info.shape)), "multiple_of": 4, **change}
     with pytest.raises(ConfigError, match=message):
         enumerate_shapes(info, grid(info, **settings))
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "given"),
+    [
+        ("gpt_neox", {}, {"hidden_size": 40, "num_attention_heads": 4}),
+        ("gpt_neox", {}, {"hidden_size": 40}),
+        ("gpt_neox", {}, {"num_attention_heads": 4}),
+        # SmolLM2's 9 heads in 3 groups: hidden sizes that only a smaller number of heads divides.
+        ("llama", {"hidden_size": 72, "num_attention_heads": 9}, {"hidden_size": 60, "num_attention_heads": 6}),
+        ("llama", {"hidden_size": 72, "num_attention_heads": 9}, {"hidden_size": 60}),
+        # One head a group: the groups follow the heads, both beyond max_width_pruning.
+        ("llama", {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 16},
+         {"num_attention_heads": 4}),
+        ("llama", {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 16},
+         {"num_key_value_heads": 4}),
+    ],
+)  # fmt: skip
+def test_given_sizes_under_a_budget_find_open_ones_that_suit(
+    variant: str, sizes: dict[str, int], given: dict[str, int], tmp_path: Path
+) -> None:
+    info = read_model(save_model(tmp_path, make_model(variant, **sizes)))
+    bounds: dict[str, Any] = {"multiple_of": 4, "fixed": given}
+    budget = (sum(extremes(info, Grid([], **bounds)))) // 2
+    found = enumerate_shapes(info, grid(info, budget, min_budget_ratio=0.5, **bounds))
+    assert found
+    for shape, _ in found:
+        check_shape(info, shape, 4)
+        assert {name: getattr(shape, name) for name in given} == given
+
+
+def test_a_given_hidden_size_finds_its_heads_among_many() -> None:
+    """A grid of 65 numbers of heads takes every third; the one that goes with a given hidden size isn't lost."""
+    config = CONFIG_MAPPING["gpt_neox"](hidden_size=1280, num_attention_heads=128).to_dict()
+    info = ModelInfo(Path(), config, FAMILIES["gpt_neox"], shape_of(CONFIG_MAPPING["gpt_neox"].from_dict(config)), {})
+    for heads in (125, 126, 127):
+        bounds = Grid([], multiple_of=1, fixed={"hidden_size": 10 * heads, "num_hidden_layers": 20})
+        low, high = extremes(info, bounds)
+        assert low < high
+
+
+def test_every_shape_of_longrope_is_one_that_transformers_loads(tmp_path: Path) -> None:
+    """Its factors are counted by hidden_size // num_attention_heads, a rule that the table doesn't hold."""
+    info = read_model(save_model(tmp_path, make_model("phi3", **LONGROPE)))
+    budget = int(0.6 * num_parameters(info, info.shape))
+    bounds: dict[str, Any] = {"multiple_of": 4, "min_budget_ratio": 0.5}
+    found = enumerate_shapes(info, grid(info, budget, **bounds))
+    for shape, _ in found:
+        check_shape(info, shape, 4)
+    assert {(s.hidden_size, s.num_attention_heads) for s, _ in found} == {(48, 6), (36, 4), (32, 4), (28, 3), (24, 3)}
+    with pytest.raises(ConfigError, match=r"short_factor field must have length 3, got 4.*hidden_size=32 or 36") as no:
+        enumerate_shapes(info, grid(info, budget, fixed={"hidden_size": 40}, **bounds))
+    assert "prune.max_parameters" not in str(no.value), "no budget would help"
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +235,6 @@ def test_damage_follows_what_the_scores_say() -> None:
 
 
 def test_measured_kl_sets_the_scale(importance: Importance) -> None:
-    from dataclasses import replace
-
     teacher = shape_of(make_model().config)
     shapes = [(with_sizes(teacher, s), 1) for s in ({"num_hidden_layers": 3}, {"intermediate_size": 40})]
     order = importance.block_influence_L.argsort()[:2]
@@ -177,6 +250,41 @@ def test_measured_kl_sets_the_scale(importance: Importance) -> None:
     assert found[shapes[1][0]] == pytest.approx(3 * by_influence[shapes[1][0]], rel=1e-5)
 
 
+def _with_costs(importance: Importance, cost: list[float]) -> Importance:
+    order = importance.block_influence_L.argsort().tolist()
+    removals = LayerRemovals([order[: n + 1] for n in range(len(cost))], cost)
+    return replace(importance, depths={"task": removals})
+
+
+@pytest.mark.parametrize(
+    ("cost", "number"),
+    [
+        ([-0.01, 0.02, 0.05], 2),
+        ([0.0, 0.02, 0.05], 2),
+        ([-0.01, 0.001, 0.05], 3),  # what lies within the improvement tells nothing
+        ([0.001, -0.01, 0.05], 3),
+    ],
+)
+def test_layers_that_better_go_leave_widths_their_damage(
+    cost: list[float], number: int, importance: Importance
+) -> None:
+    """The scale is of the first removal that harms by more than another improves."""
+    teacher = shape_of(make_model().config)
+    narrow = with_sizes(teacher, {"hidden_size": 24, "intermediate_size": 36})
+    plain = rank([(narrow, 1)], importance, teacher)[0].damage
+    influence = importance.block_influence_L.sort().values.double()[:number].sum()
+    found = rank([(narrow, 1)], _with_costs(importance, cost), teacher)[0].damage
+    assert found == pytest.approx(float(plain * cost[number - 1] / influence), rel=1e-5)
+
+
+def test_without_a_removal_that_harms_widths_count_by_block_influence(importance: Importance) -> None:
+    teacher = shape_of(make_model().config)
+    shapes = [(with_sizes(teacher, s), 1) for s in ({"num_hidden_layers": 3}, {"intermediate_size": 36})]
+    layers, narrow = rank(shapes, _with_costs(importance, [-0.02, 0.01]), teacher)
+    assert layers.damage == pytest.approx(0.01)
+    assert narrow.damage == pytest.approx(rank(shapes[1:], importance, teacher)[0].damage)
+
+
 def test_the_lost_share_is_that_of_what_select_drops(importance: Importance) -> None:
     teacher = shape_of(make_model().config)
     shape = with_sizes(teacher, {"intermediate_size": 40, "num_hidden_layers": 4})
@@ -190,7 +298,7 @@ def test_the_lost_share_is_that_of_what_select_drops(importance: Importance) -> 
 
 
 def test_a_grid_of_a_large_model_stays_small() -> None:
-    from compress.shapes import MAX_CHOICES, _heads, _widths
+    from compress.shapes import MAX_CHOICES, _heads, _thinned, _widths
 
     teacher = shape_of(make_model("llama").config)
     large = with_sizes(
@@ -203,9 +311,10 @@ def test_a_grid_of_a_large_model_stays_small() -> None:
         options = _widths(name, getattr(large, name), 64, bounds, {})
         assert len(options) <= MAX_CHOICES + 1
         assert all(o % 64 == 0 for o in options)
-    heads = _heads(large, bounds, {})
-    assert (64, 8) in heads
-    assert len(heads) <= MAX_CHOICES
+    for groups in (8, 64):
+        heads = _thinned(_heads(with_sizes(large, {"num_key_value_heads": groups}), bounds, {}))
+        assert (64, groups) in heads
+        assert len(heads) <= MAX_CHOICES
 
 
 @pytest.mark.parametrize("variant", ["llama", "mixtral"])
