@@ -3,12 +3,12 @@
     python -m benchmarks.streaming                # from the repository's root; a minute or two, 2 GB of disk
     python -m benchmarks.streaming --layers 48    # any depth: memory doesn't grow with it
 
-A Llama of random weights is written shard by shard (0.8 GB by default). A child process imports everything, notes its
-anonymous memory (RssAnon: mapped checkpoint files don't count, they are the page cache's), limits its data segment
-(RLIMIT_DATA) to that plus a quarter of the weights, and runs the real stages score and prune with the contract; a
-thread samples RssAnon meanwhile. (Compensation is left out: its moments are intermediate^2, whatever the depth.) What
-is asked: the run finishes, and the peak above the baseline is at most two layers of the checkpoint plus two batches of
-activations, each B x T x (hidden + 2 x intermediate) in float32.
+A Llama of random weights is written shard by shard (0.9 GB by default, its embedding larger than four layers). A child
+process imports everything, notes its anonymous memory (RssAnon: mapped checkpoint files don't count, they are the page
+cache's), limits its data segment (RLIMIT_DATA) to that plus a quarter of the weights, and runs the real stages score
+and prune with the contract; a thread samples RssAnon meanwhile. (Compensation is left out: its moments are
+intermediate^2, whatever the depth.) What is asked: the run finishes, and the peak above the baseline is at most two
+layers of the checkpoint plus two batches of activations, each B x T x (hidden + 2 x intermediate) in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, PeakMemory, anonymous_bytes, machine, write_result
 
-HIDDEN, INTERMEDIATE, HEADS, GROUPS, VOCABULARY = 1024, 4096, 16, 8, 512
+HIDDEN, INTERMEDIATE, HEADS, GROUPS, VOCABULARY = 1024, 4096, 16, 8, 65536
 SEQUENCES, LENGTH, BATCH = 16, 256, 2
 
 

@@ -11,10 +11,11 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,20 +138,51 @@ def building_folder(path: Path) -> Iterator[Path]:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file atomically, with the permissions of the umask (the library alone writes 0600)."""
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except Exception as error:
+            # safetensors wraps the operating system's error in its own class; keep the one a caller can act on.
+            if "No space left" in str(error) or "os error 28" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            if "File too large" in str(error) or "os error 27" in str(error):
+                raise OSError(errno.EFBIG, "File too large") from error
+            raise
+
+    _save(path, write)
+
+
+def save_rows(path: Path, name: str, dtype: str, shape: Sequence[int], blocks: Iterable[torch.Tensor]) -> None:
+    """Write a safetensors file of one tensor from consecutive blocks of its rows, which need not be there at once.
+
+    `dtype` as safetensors names it, such as BF16. The library writes whole tensors only; the format is a length, a
+    header in json and the bytes.
+    """
+
+    def write(temporary: Path) -> None:
+        size = 0
+        with open(temporary, "wb") as file:
+            for block in blocks:
+                if not size:
+                    total = math.prod(shape) * block.element_size()
+                    entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [0, total]}
+                    header = json.dumps({"__metadata__": {"format": "pt"}, name: entry}).encode()
+                    header += b" " * (-len(header) % 8)
+                    file.write(len(header).to_bytes(8, "little") + header)
+                size += file.write(block.contiguous().view(torch.uint8).numpy().data)
+        assert size == total, f"{size} bytes of {total}"
+
+    _save(path, write)
+
+
+def _save(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(path)
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except Exception as error:
-                # safetensors wraps the operating system's error in its own class; keep the one a caller can act on.
-                if "No space left" in str(error) or "os error 28" in str(error):
-                    raise OSError(errno.ENOSPC, "No space left on device") from error
-                if "File too large" in str(error) or "os error 27" in str(error):
-                    raise OSError(errno.EFBIG, "File too large") from error
-                raise
+            write(temporary)
             open_permissions(temporary)
             _fsync(temporary)
             os.replace(temporary, path)

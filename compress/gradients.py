@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, expert_of, layer_of, row_of, shape_of, taps
 from compress.errors import NumericalError
-from compress.families import AXES, Row, Shape, family_of_config, holds_all_experts
+from compress.families import AXES, Part, Row, Shape, family_of_config, holds_all_experts
 from compress.importance import experts_of, route_through
 from compress.models import decoder_layers, output_head
 from compress.parallel import ALONE, Ranks
@@ -22,17 +22,23 @@ from compress.scores import Widths
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
+_ROWS = 8192  # of the vocabulary at a time
+
 
 def weight_magnitude(info: ModelInfo) -> Widths:
     """L2 norm of all weights of a unit, wherever the table says that a dimension lies on its axis.
 
-    Sees no text and no activation. Reads the checkpoint one tensor at a time. Memory: the largest tensor in float32.
+    Sees no text and no activation. Reads the checkpoint one tensor at a time. Memory: a layer's largest in float32.
     """
     shape = info.shape
     energy = _empty(shape)
     shards = info.shards
     for name in sorted(info.tensors, key=lambda name: info.tensors[name].shard):
-        _add_energy(energy, shards.get(name), info.rows[row_of(name)], shape, layer_of(name), expert_of(name))
+        tensor, row = shards.get(name), info.rows[row_of(name)]
+        # The vocabulary's rows are no units: a block of them at a time.
+        parts = tensor.split(_ROWS) if row.dimensions[0] == (Part("vocabulary"),) else [tensor]
+        for part in parts:
+            _add_energy(energy, part, row, shape, layer_of(name), expert_of(name))
     if info.family.field("num_key_value_heads") is None:
         energy["key_value_heads"] = energy["query_heads"]
     return {axis: found.sqrt().float() for axis, found in energy.items()}

@@ -23,14 +23,15 @@ from compress.architecture import (
     tensor_shapes,
     with_sizes,
 )
-from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, save_tensors, write_json
+from compress.artifacts import ERROR, MANIFEST, STARTED, disk_errors, save_rows, save_tensors, write_json
 from compress.errors import ConfigError
-from compress.families import AXES, Dimension, Row, Shape, holds_all_experts
+from compress.families import AXES, Dimension, Part, Row, Shape, holds_all_experts
 from compress.folders import read_model
 from compress.scores import Importance, Widths
 
 Kept = Mapping[str, Tensor]
 MAX_SHARD_BYTES = 5_000_000_000
+_BLOCK_BYTES = 1 << 24
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Weights in any format: the student has its own. Pickles and code are never copied unasked.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".pkl"}
@@ -211,6 +212,10 @@ def slice_checkpoint(
     source = info.shards
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        if len(names) == 1 and size_bytes[names[0]] > max_shard_bytes and _has_whole_rows(info.rows[row_of(names[0])]):
+            _save_in_blocks(info, dst / file, names[0], sizes[names[0]], kept)
+            weight_map[names[0]] = file
+            continue
         tensors = {}
         for name in names:
             tensor = source.get(source_of[name])
@@ -228,6 +233,19 @@ def slice_checkpoint(
     copy_companions(info.folder, dst, trust_remote_code)
     write_json(dst / "config.json", student_config(info.config, info.family, shape, layers))
     return shape
+
+
+def _has_whole_rows(row: Row) -> bool:
+    """Whether rows are tokens of the vocabulary, which all stay: the embedding and the head."""
+    return row.dimensions[0] == (Part("vocabulary"),)
+
+
+def _save_in_blocks(info: ModelInfo, path: Path, name: str, size: Sequence[int], kept: Kept) -> None:
+    """An embedding that is larger than a shard may be, without ever holding the whole of it."""
+    tensor, row = info.shards.get(name), info.rows[row_of(name)]
+    rows = max(1, _BLOCK_BYTES // (tensor[0].numel() * tensor.element_size()))
+    blocks = (slice_tensor(part, row, None, kept, info.shape) for part in tensor.split(rows))
+    save_rows(path, name, info.tensors[name].dtype, size, blocks)
 
 
 def num_stored_bytes(info: ModelInfo) -> int:

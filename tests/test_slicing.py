@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from families import DENSE, VARIANTS, axes_of, logits, make_batch, make_model, save_model, student_sizes
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -356,3 +358,26 @@ def test_kept_that_no_student_can_have_is_refused(axis: str, index: Tensor, mess
     model = make_model()
     with pytest.raises(ConfigError, match=message):
         check_kept({**keep(model, DENSE), axis: index}, shape_of(model.config))
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gpt_neox"])
+def test_an_embedding_larger_than_a_shard_is_written_in_blocks_to_the_same_bytes(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied and untied; readable by the library, and by everybody the umask lets."""
+    monkeypatch.setattr("compress.slicing._BLOCK_BYTES", 1000)
+    model = make_model(variant, vocab_size=301)
+    info = read_model(save_model(tmp_path / "teacher", model))
+    kept = select(random_importance(info.shape), with_sizes(info.shape, student_sizes(variant)))
+    slice_checkpoint(info, tmp_path / "whole", kept)
+    slice_checkpoint(info, tmp_path / "blocks", kept, max_shard_bytes=4000)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    index = json.loads((tmp_path / "blocks" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == whole.keys()
+    for name, tensor in whole.items():
+        path = tmp_path / "blocks" / index[name]
+        assert torch.equal(load_file(path)[name], tensor), name
+        assert path.stat().st_mode == (tmp_path / "blocks" / "config.json").stat().st_mode
+    with safe_open(tmp_path / "blocks" / index[info.family.embedding], "pt") as reader:
+        assert reader.metadata() == {"format": "pt"}
+        assert list(reader.keys()) == [info.family.embedding]
