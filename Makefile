@@ -1,6 +1,8 @@
 # make demo: shrink a real model on this machine.   make test: lint, format, types, tests.
-# Both make their own .venv with tested versions; ARGS= adds settings, PYTHON= chooses the interpreter.
+# Both make their own .venv with tested versions; ARGS= adds settings, PYTHON= chooses the interpreter, WORKERS= how many
+# processes test at a time.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 RUN := $(BIN)/python -m compress
 # Huge pages for large tensors, 1.5x on a step; read by the C library when a process starts.
@@ -12,7 +14,7 @@ demo: .venv/demo.stamp
 	$(RUN) recipe=smollm2_135m_to_100m $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
