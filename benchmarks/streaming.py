@@ -1,14 +1,15 @@
 """Scoring and pruning a model whose weights are four times the memory that the process may take.
 
     python -m benchmarks.streaming                # from the repository's root; a minute or two, 2 GB of disk
-    python -m benchmarks.streaming --layers 48    # any depth: memory doesn't grow with it
+    python -m benchmarks.streaming --layers 64    # any depth: memory doesn't grow with it
 
-A Llama of random weights is written shard by shard (0.9 GB by default, its embedding larger than four layers). A child
+A Llama of random weights is written shard by shard (1.1 GB by default, its embedding larger than four layers). A child
 process imports everything, notes its anonymous memory (RssAnon: mapped checkpoint files don't count, they are the page
-cache's), limits its data segment (RLIMIT_DATA) to that plus a quarter of the weights, and runs the real stages score
-and prune with the contract; a thread samples RssAnon meanwhile. (Compensation is left out: its moments are
-intermediate^2, whatever the depth.) What is asked: the run finishes, and the peak above the baseline is at most two
-layers of the checkpoint plus two batches of activations, each B x T x (hidden + 2 x intermediate) in float32.
+cache's), limits its data segment (RLIMIT_DATA, which counts mapped shards too) to that plus a quarter of the weights,
+and runs the real stages score and prune with the contract; a thread samples RssAnon meanwhile. (Compensation is left
+out: its moments are intermediate^2, whatever the depth.) What is asked: the run finishes, and the peak above the
+baseline is at most two layers of the checkpoint plus two batches of activations, each B x T x (hidden + 2 x
+intermediate) in float32.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def child(folder: Path, allowed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--allowed", type=float, default=0.25, help="share of the weights that may be taken")
     parser.add_argument("--output", type=Path, default=RESULTS / "streaming.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

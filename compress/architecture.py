@@ -48,6 +48,10 @@ class Shards:
         found: Tensor = self._open[1].get_tensor(name)
         return found
 
+    def close(self) -> None:
+        """Let the open shard go, with its mapping once no tensor of it is held."""
+        self._open = None
+
 
 @dataclass(frozen=True)
 class ModelInfo:

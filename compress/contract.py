@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,9 +64,10 @@ def check_student(
         found = _run_whole(student, ids, trust_remote_code)
     if found != promised:
         raise ArtifactError(f"{folder} loads with {found:,} parameters, {promised:,} were promised; please report this")
-    ours = streamed_logits(LayerStream(student, torch.float32, trust_remote_code), ids, positions)
+    ours = LayerStream(student, torch.float32, trust_remote_code)
     teacher = LayerStream(info, torch.float32, trust_remote_code)
-    difference = relative_difference(ours, streamed_logits(teacher, ids, positions, kept, replaced or {}))
+    states = streamed_states(ours, ids, positions), streamed_states(teacher, ids, positions, kept, replaced or {})
+    difference = relative_difference(_whole(ours, states[0]), teacher.head_logits(states[1]))
     if not difference <= TOLERANCE:
         raise ArtifactError(
             f"{folder}: its logits differ from the masked teacher's by {difference:.2g} of their spread, more than "
@@ -150,14 +151,14 @@ def log_engines(contract: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def streamed_logits(
+def streamed_states(
     stream: LayerStream,
     ids_BT: Tensor,
     position_ids: Tensor,
     kept: Kept | None = None,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """(B, T, V), a layer at a time: of the model itself, or of the teacher masked to what is kept."""
+    """Behind the last norm (N, D), a layer at a time: of the model itself, or of the teacher masked to what is kept."""
     info = stream.info
     numbers = range(stream.num_layers) if kept is None else kept["layers"].tolist()
     hidden_BTD = final_BTD = torch.zeros(0)
@@ -181,7 +182,7 @@ def streamed_logits(
         hidden_BTD, final_BTD = through_layer(model, hidden_BTD, position_ids)
         del model, layer
         stream.let_go()
-    return stream.head_logits(final_BTD.flatten(0, 1)).unflatten(0, tuple(ids_BT.shape))
+    return final_BTD.flatten(0, 1)
 
 
 def _of_layer(replaced: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -203,14 +204,36 @@ def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
     return ids[None], torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-def relative_difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference over the spread; NumericalError where there is nothing to compare."""
-    if not bool(one.isfinite().all() and other.isfinite().all()):
-        raise NumericalError(
-            "the logits of the student or of the masked teacher are not finite; set "
-            "compute_dtype=float32, or check the teacher's weights"
-        )
-    return (one - other).abs().max().item() / max(other.std().item(), 1e-12)
+def _whole(stream: LayerStream, final_ND: Tensor) -> Tensor:
+    """(N, V), filled in place: so the student's and the teacher's heads needn't be mapped at once."""
+    logits_NV = torch.empty(len(final_ND), stream.info.shape.vocab_size)
+    start = 0
+    for block_NR in stream.head_logits(final_ND):
+        logits_NV[:, start : start + block_NR.shape[1]] = block_NR
+        start += block_NR.shape[1]
+    return logits_NV
+
+
+def relative_difference(one_NV: Tensor, other: Iterable[Tensor]) -> float:
+    """The largest difference over the standard deviation of `other`, which comes in blocks of the vocabulary.
+
+    NumericalError where there is nothing to compare.
+    """
+    largest, count, total, squares, start = 0.0, 0, 0.0, 0.0, 0
+    for theirs in other:
+        ours = one_NV[:, start : start + theirs.shape[1]]
+        start += theirs.shape[1]
+        if not bool(ours.isfinite().all() and theirs.isfinite().all()):
+            raise NumericalError(
+                "the logits of the student or of the masked teacher are not finite; set "
+                "compute_dtype=float32, or check the teacher's weights"
+            )
+        largest = max(largest, (ours - theirs).abs().max().item())
+        count += theirs.numel()
+        total += theirs.sum(dtype=torch.float64).item()
+        squares += theirs.double().square().sum().item()
+    variance = max(0.0, squares / count - (total / count) ** 2)
+    return largest / max(math.sqrt(variance), 1e-12)
 
 
 @dataclass(frozen=True)

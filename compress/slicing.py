@@ -31,7 +31,7 @@ from compress.scores import Importance, Widths
 
 Kept = Mapping[str, Tensor]
 MAX_SHARD_BYTES = 5_000_000_000
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Weights in any format: the student has its own. Pickles and code are never copied unasked.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".pkl"}

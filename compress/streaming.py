@@ -32,7 +32,7 @@ from compress.tokens import TokenBatch
 
 _TINY_VOCABULARY = 8  # the one-layer models have an embedding that nobody asks
 _SMALL_BYTES = 1 << 24
-_ROWS = 8192  # of the output head in a product
+_ROWS = 2048  # of the output head in a product
 Progress = Callable[[Iterator[Any], int], Iterable[Any]]
 
 
@@ -45,6 +45,10 @@ class LayerStream:
         self._shards = info.shards
         self._layer_bytes = largest_layer_bytes(info)
         self._types = config_layer_types(info.parsed)
+        # The last norm's tensors, copied: mapping their shard for each layer would map the embedding beside it too.
+        vocabulary = (info.family.embedding, info.family.head)
+        outside = [name for name in info.tensors if layer_of(name) is None and name not in vocabulary]
+        self._outside = {name: self.tensor(name).clone() for name in outside}
         self._names: list[list[str]] = [[] for _ in range(self.num_layers)]
         for name in info.tensors:
             layer = layer_of(name)
@@ -65,7 +69,7 @@ class LayerStream:
         if self._types is not None:
             config.layer_types = [self._types[number]]
         state = {renumber(name, 0, None): self.tensor(name) for name in self._names[number]}
-        state |= {name: self.tensor(name) for name in self._outside()}
+        state |= self._outside
         exact = {"experts_implementation": "eager"} if self.dtype == torch.float64 else {}
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
         loaded: Any = model_class.from_pretrained(
@@ -86,11 +90,6 @@ class LayerStream:
         if self._layer_bytes > _SMALL_BYTES:
             gc.collect()
 
-    def _outside(self) -> list[str]:
-        """The last norm's tensors."""
-        family = self.info.family
-        return [n for n in self.info.tensors if layer_of(n) is None and n not in (family.embedding, family.head)]
-
     def embed(self, model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
         """The embedding's output (B, T, D), reading only the rows that are asked for; `model` is any of the layers'."""
         rows = self.tensor(self.info.family.embedding)
@@ -99,13 +98,17 @@ class LayerStream:
         scale = getattr(model.get_input_embeddings(), "embed_scale", None)
         return hidden_BTD if scale is None else hidden_BTD * torch.as_tensor(scale).to(self.dtype)
 
-    def head_logits(self, final_ND: Tensor) -> Tensor:
-        """(N, V) in float32, from the head's rows a block at a time."""
+    def head_logits(self, final_ND: Tensor) -> Iterator[Tensor]:
+        """(N, R) in float32 for one block of the vocabulary's rows after the other: together they may be large.
+
+        The shard is let go at the end.
+        """
         family = self.info.family
         weight_VD = self.tensor(family.embedding if self.info.shape.tied else family.head)
-        blocks = [final_ND @ rows_RD.to(final_ND.dtype).T for rows_RD in weight_VD.split(_ROWS)]
         cap = getattr(self.info.parsed, "final_logit_softcapping", None)
-        return soft_cap_(torch.cat(blocks, -1), cap).float()
+        for rows_RD in weight_VD.split(_ROWS):
+            yield soft_cap_(final_ND @ rows_RD.to(final_ND.dtype).T, cap).float()
+        self._shards.close()
 
 
 def through_layer(model: PreTrainedModel, hidden_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor]:

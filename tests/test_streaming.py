@@ -54,7 +54,7 @@ def test_the_layers_in_turn_are_the_model(variant: str, tied: bool, tmp_path: Pa
         layer = stream.layer(number)
         hidden = stream.embed(layer, batch.input_ids) if hidden is None else hidden
         hidden, final = through_layer(layer, hidden, batch.position_ids)
-    found = stream.head_logits(final.flatten(0, 1)).unflatten(0, (2, 20))
+    found = torch.cat(list(stream.head_logits(final.flatten(0, 1))), 1).unflatten(0, (2, 20))
     torch.testing.assert_close(found.double(), logits(model, batch), rtol=1e-5, atol=1e-4)
 
 
