@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo
@@ -30,7 +28,7 @@ from compress.multiple_choice import encode_choices
 from compress.parallel import Ranks, available_bytes, joined, resolve_dtype
 from compress.progress import console, track
 from compress.recommendation import compare_criteria
-from compress.scores import Importance, LayerRemovals, by_similarity, save_importance
+from compress.scores import Importance, LayerRemovals, by_similarity, rank_correlation, save_importance
 from compress.settings import CompressConfig, ComputeDtype, DepthCriterion
 from compress.shapes import enumerate_shapes, rank
 from compress.targets import budget, given_shape, given_sizes, grid_of
@@ -326,10 +324,10 @@ def _depth(
 
 def _agreement(importance: Importance, axis: str) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation of every two criteria, mean over layers."""
-    ranks = {name: _ranks(widths[axis]) for name, widths in importance.widths.items()}
+    scores = {name: widths[axis] for name, widths in importance.widths.items()}
     return {
-        one: {other: float(_correlation(ranks[one], ranks[other]).mean()) for other in ranks if other != one}
-        for one in ranks
+        one: {other: float(rank_correlation(scores[one], scores[other]).mean()) for other in scores if other != one}
+        for one in scores
     }
 
 
@@ -341,17 +339,6 @@ def _overlap(depths: Mapping[str, LayerRemovals], num_layers: int) -> dict[str, 
         if count:
             found[one][other] = len(set(depths[one].of(count)) & set(depths[other].of(count))) / count
     return found
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    return scores.double().argsort(-1).argsort(-1).double()
-
-
-def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson's along the last dimension; nan-free: 0 where one is constant."""
-    one, other = (ranks - ranks.mean(-1, keepdim=True) for ranks in (one, other))
-    below = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
-    return (one * other).sum(-1) / below.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def table(report: dict[str, Any]) -> Table:

@@ -91,6 +91,16 @@ def by_similarity(similarity_SS: Tensor) -> LayerRemovals:
     return LayerRemovals(removed, cost)
 
 
+def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman's along the last dimension, 1 where both order alike; ties keep their order. 0 for fewer than two."""
+    centred = []
+    for values in (one, other):
+        ranks = values.double().argsort(dim=-1, stable=True).argsort(-1).double()
+        centred.append(ranks - ranks.mean(-1, keepdim=True))
+    below = torch.linalg.vector_norm(centred[0], dim=-1) * torch.linalg.vector_norm(centred[1], dim=-1)
+    return (centred[0] * centred[1]).sum(-1) / below.clamp(min=torch.finfo(torch.float64).tiny)
+
+
 def save_importance(path: Path, importance: Importance, teacher: str) -> None:
     """Write the scores as safetensors; `teacher` is the fingerprint of the folder they belong to."""
     tensors = {"block_influence": importance.block_influence_L.contiguous()}

@@ -39,7 +39,7 @@ from compress.objectives import distillation_loss
 from compress.optimizer import LocalOptimizer
 from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
 from compress.progress import console, track
-from compress.scores import Importance
+from compress.scores import Importance, rank_correlation
 from compress.settings import CompressConfig, Optimizer, set_name
 from compress.shapes import (
     Candidate,
@@ -49,7 +49,6 @@ from compress.shapes import (
     extremes,
     parameter_limit,
     rank,
-    rank_correlation,
 )
 from compress.slicing import copy_companions, num_stored_bytes, select
 from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, trunk
@@ -542,10 +541,10 @@ def _report(
         ],
         # How far each ranking foretold the next one, among those that are in both.
         "rank_correlation": {
-            "prediction to untrained": rank_correlation(predicted, rounds[0].kl_C.tolist()),
+            "prediction to untrained": float(rank_correlation(torch.tensor(predicted), rounds[0].kl_C)),
             **{
-                f"{one.num_tokens} to {two.num_tokens} tokens": rank_correlation(
-                    [float(one.kl_C[one.names.index(name)]) for name in two.names], two.kl_C.tolist()
+                f"{one.num_tokens} to {two.num_tokens} tokens": float(
+                    rank_correlation(one.kl_C[[one.names.index(name) for name in two.names]], two.kl_C)
                 )
                 for one, two in itertools.pairwise(rounds)
             },

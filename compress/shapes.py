@@ -443,14 +443,3 @@ def _heads_lost(scores: Widths, teacher: Shape, heads: int, groups: int) -> Tens
     energy_LH = scores["query_heads"].double().square()
     total_L = energy_LH.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
     return (1 - energy_LH.gather(1, kept_LH).sum(1) / total_L).clamp(min=0)
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's, 1 for two that order alike; ties keep their order. 0 for fewer than two."""
-    ranks = [
-        torch.tensor(values, dtype=torch.float64).argsort(stable=True).argsort().double() for values in (one, other)
-    ]
-    if len(one) < 2:
-        return 0.0
-    centred = [rank - rank.mean() for rank in ranks]
-    return float((centred[0] @ centred[1]) / (centred[0].norm() * centred[1].norm()))

@@ -16,7 +16,7 @@ from compress.errors import ConfigError
 from compress.families import FAMILIES, PRUNABLE
 from compress.folders import read_model
 from compress.importance import estimate_importance
-from compress.scores import Importance, LayerRemovals
+from compress.scores import Importance, LayerRemovals, rank_correlation
 from compress.shapes import (
     Grid,
     active_limit,
@@ -26,7 +26,6 @@ from compress.shapes import (
     non_embedding_limit,
     parameter_limit,
     rank,
-    rank_correlation,
 )
 from compress.slicing import select
 
@@ -384,8 +383,8 @@ def test_several_limits_out_of_reach_are_all_named(models: dict[str, ModelInfo])
 
 
 def test_rank_correlation_is_spearmans() -> None:
-    assert rank_correlation([1, 2, 3, 10], [0.1, 0.2, 0.3, 0.4]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3, 10], [4, 3, 2, 1]) == pytest.approx(-1)
+    one = torch.tensor([[1.0, 2, 3, 10], [1, 2, 3, 10], [1, 2, 3, 4]])
+    other = torch.tensor([[0.1, 0.2, 0.3, 0.4], [4, 3, 2, 1], [2, 1, 3, 4]])
     # 1 - 6 * (1 + 1 + 0 + 0) / (4 * 15), by hand
-    assert rank_correlation([1, 2, 3, 4], [2, 1, 3, 4]) == pytest.approx(0.8)
-    assert rank_correlation([1], [1]) == 0
+    torch.testing.assert_close(rank_correlation(one, other), torch.tensor([1, -1, 0.8], dtype=torch.float64))
+    assert rank_correlation(torch.tensor([1.0]), torch.tensor([1.0])) == 0
