@@ -237,12 +237,14 @@ def final_rows(result: dict[str, Any], base: Path, settings: list[str], options:
     students["compress: search"] = run_until("prune", mine) / "prune"
     result["search"] = json.loads((folder / "search" / "report.json").read_text())
     save()
-    for seed in SEEDS:
-        for name, folder in students.items():
+    # Ours and ModelOpt's better model first, whole seeds of both: a run that is cut short can compare them.
+    for name, folder in reversed(students.items()):
+        for seed in SEEDS:
             run_dir = options.runs / f"final_{folder.parent.name}_{folder.name}_{seed}"
             mine = [f"recipe={RECIPE}", *NO_SHAPE, f'run_dir="{run_dir}"', "name=final", f"seed={seed}",
                     f'distill.init_from="{folder}"', f"distill.num_tokens={options.final_tokens}",
-                    "evaluate.generate_tokens=1", "prune.compensate=false", *options.set]  # fmt: skip
+                    "evaluate.generate_tokens=1", "evaluate.max_tokens=8192", "prune.compensate=false",
+                    *options.set]  # fmt: skip
             key = f"{name}, seed {seed}"
             result["final"][key] = row_of(key, mine, result["final"].get(key), [])
             save()
