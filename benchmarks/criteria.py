@@ -216,7 +216,9 @@ def criterion_rows(kind: str, rows: dict[str, Any], base: Path, settings: list[s
 
 def final_rows(result: dict[str, Any], base: Path, settings: list[str], options: Any, save: Any) -> None:
     from compress.config import load_config
+    from compress.folders import read_model
     from compress.inputs import source_of
+    from compress.targets import importance_of
 
     cache = default_cache().resolve()
     teacher = Path(source_of(load_config(*settings)))
@@ -237,6 +239,16 @@ def final_rows(result: dict[str, Any], base: Path, settings: list[str], options:
     students["compress: search"] = run_until("prune", mine) / "prune"
     result["search"] = json.loads((folder / "search" / "report.json").read_text())
     save()
+    # And at ModelOpt's better shape itself, where only the choice of units and the compensation differ.
+    chosen = result["modelopt"]["fine"]["sizes"]
+    importance = importance_of(base, read_model(source_of(load_config(*settings)), trust_remote_code=False))
+    gone = importance.depth("kl_greedy").of(LAYERS - chosen["num_hidden_layers"])
+    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    mine = [*settings, f'run_dir="{options.runs / "same_shape"}"', "name=same_shape",
+            "prune.width_criterion='weighted_activation:l2/l2'", f"prune.removed_layers={gone}".replace(" ", ""),
+            *(f"prune.{name}={chosen[name]}" for name in widths)]  # fmt: skip
+    share_stages(load_config(*mine), base)
+    students["compress: ModelOpt's finer shape"] = run_until("prune", mine) / "prune"
     # Ours and ModelOpt's better model first, whole seeds of both: a run that is cut short can compare them.
     for name, folder in reversed(students.items()):
         for seed in SEEDS:
