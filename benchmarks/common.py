@@ -146,6 +146,40 @@ def share_stages(config: CompressConfig, source: Path, stages: Sequence[str] = (
     return shared
 
 
+def run_row(
+    name: str, settings: Sequence[str], previous: dict[str, Any] | None, sources: Sequence[Path],
+    stages: Sequence[str] = ("tokens", "score"),
+) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
+    """Run every stage by these settings; (what every row says of it, what evaluate measured).
+
+    When `previous` is of the settings and inputs of now, nothing runs, and it comes back with None. `sources`: run
+    folders whose finished `stages` are shared. Checkpoints, 1.2 GB each, are let go.
+    """
+    from compress.config import load_config
+    from compress.pipeline import run
+
+    config = load_config(*settings)
+    fingerprint = fingerprint_of(config)
+    if previous is not None and previous["fingerprint"] == fingerprint:
+        print(f"{name}: done before", flush=True)
+        return previous, None
+    for source in sources:
+        share_stages(config, source, stages)
+    print(name, flush=True)
+    run(config)
+    run_dir = Path(config.run_dir)
+    metrics = json.loads((run_dir / "evaluate" / "metrics.json").read_text())
+    shutil.rmtree(run_dir / "distill" / "checkpoints")
+    facts = {
+        "fingerprint": fingerprint,
+        "revision": revision(),
+        "parameters": metrics["distilled"]["parameters"],
+        "num_tokens": int(config.distill.num_tokens),
+        "distill_seconds": stage_seconds(run_dir, "distill"),
+    }
+    return facts, metrics
+
+
 def stage_seconds(run_dir: Path, stage: str) -> float:
     seconds: float = json.loads((run_dir / stage / "manifest.json").read_text())["seconds"]
     return seconds

@@ -34,14 +34,12 @@ from typing import Any
 from benchmarks.common import (
     ROOT,
     default_cache,
-    fingerprint_of,
     log_plainly,
     machine,
     peer_python,
     pipeline_arguments,
-    revision,
+    run_row,
     share_stages,
-    stage_seconds,
     start_as_the_makefile_does,
     write_result,
 )
@@ -88,21 +86,10 @@ def run_until(stage: str, settings: Sequence[str]) -> Path:
 
 
 def row_of(name: str, settings: Sequence[str], previous: dict[str, Any] | None, shared: Sequence[Path]) -> Any:
-    """Run every stage and return its figures by set; `previous` when its settings and inputs are those of now."""
-    from compress.config import load_config
-    from compress.pipeline import run
-
-    config = load_config(*settings)
-    fingerprint = fingerprint_of(config)
-    if previous is not None and previous["fingerprint"] == fingerprint:
-        print(f"{name}: done before", flush=True)
-        return previous
-    for source in shared:
-        share_stages(config, source)
-    print(f"{name}", flush=True)
-    run(config)
-    run_dir = Path(config.run_dir)
-    metrics = json.loads((run_dir / "evaluate" / "metrics.json").read_text())
+    """One row with its figures by set; `previous` when its settings and inputs are those of now."""
+    facts, metrics = run_row(name, settings, previous, shared)
+    if metrics is None:
+        return facts
     sets = {
         dataset: {
             model: {
@@ -114,16 +101,7 @@ def row_of(name: str, settings: Sequence[str], previous: dict[str, Any] | None, 
         }
         for dataset, teacher in metrics["teacher"]["sets"].items()
     }
-    shutil.rmtree(run_dir / "distill" / "checkpoints")  # 1.2 GB each
-    shutil.rmtree(run_dir / "export")
-    return {
-        "fingerprint": fingerprint,
-        "revision": revision(),
-        "parameters": metrics["distilled"]["parameters"],
-        "num_tokens": int(config.distill.num_tokens),
-        "sets": sets,
-        "distill_seconds": stage_seconds(run_dir, "distill"),
-    }
+    return {**facts, "sets": sets}
 
 
 def alone(run_dir: Path, settings: Sequence[str]) -> dict[str, dict[str, float]]:

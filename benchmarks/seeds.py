@@ -12,20 +12,16 @@ Resumable: a killed run goes on from its checkpoint, finished seeds are skipped 
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    fingerprint_of,
     load_rows,
     log_plainly,
     machine,
     pipeline_arguments,
-    share_stages,
+    run_row,
     spread,
-    stage_seconds,
     start_as_the_makefile_does,
     write_result,
 )
@@ -35,29 +31,16 @@ RECIPE = "smollm2_135m_to_100m"
 
 def measure(seed: int, run_dir: Path, extra: list[str], previous: dict[str, Any] | None, sources: list[Path]) -> Any:
     """One seed's row; `previous` unchanged when its settings and inputs are those of now."""
-    from compress.config import load_config
-    from compress.pipeline import run
-
-    config = load_config(f"recipe={RECIPE}", f"name=seed_{seed}", f'run_dir="{run_dir}"', *extra, f"seed={seed}")
-    fingerprint = fingerprint_of(config)
-    if previous is not None and previous["fingerprint"] == fingerprint:
-        print(f"seed {seed}: done before", flush=True)
-        return previous
-    for source in sources:
-        share_stages(config, source, ("tokens", "score", "prune"))
-    run(config)
-    metrics = json.loads((run_dir / "evaluate" / "metrics.json").read_text())
-    row = {
-        "fingerprint": fingerprint,
-        "parameters": metrics["distilled"]["parameters"],
-        "num_tokens": int(config.distill.num_tokens),
+    settings = [f"recipe={RECIPE}", f"name=seed_{seed}", f'run_dir="{run_dir}"', *extra, f"seed={seed}"]
+    facts, metrics = run_row(f"seed {seed}", settings, previous, sources, ("tokens", "score", "prune"))
+    if metrics is None:
+        return facts
+    return {
+        **facts,
         "excess_loss": metrics["excess_loss"],
         "gap_closed": metrics["gap_closed"],
         "kl_to_teacher": {name: found["kl_to_teacher"] for name, found in metrics["distilled"]["sets"].items()},
-        "distill_seconds": stage_seconds(run_dir, "distill"),
     }
-    shutil.rmtree(run_dir / "distill" / "checkpoints")  # 1.2 GB each
-    return row
 
 
 def summarise(rows: dict[str, Any]) -> dict[str, Any]:

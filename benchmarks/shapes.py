@@ -16,20 +16,16 @@ results file with the fingerprint of all their settings and inputs, and skipped 
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    fingerprint_of,
     load_rows,
     log_plainly,
     machine,
     pipeline_arguments,
-    share_stages,
-    stage_seconds,
+    run_row,
     start_as_the_makefile_does,
     write_result,
 )
@@ -105,38 +101,22 @@ def removal_order(runs: Path, extra: Sequence[str]) -> list[int]:
 
 def measure(name: str, settings: Sequence[str], previous: dict[str, Any] | None, sources: Sequence[Path]) -> Any:
     """One shape's row; `previous` unchanged when its settings and inputs are those of now."""
-    from compress.config import load_config
     from compress.errors import ConfigError
-    from compress.pipeline import run
 
-    config = load_config(*settings)
-    fingerprint = fingerprint_of(config)
-    if previous is not None and previous["fingerprint"] == fingerprint:
-        print(f"{name}: done before", flush=True)
-        return previous
-    run_dir = Path(config.run_dir)
-    for source in sources:
-        share_stages(config, source)
-    print(f"{name}: {' '.join(s for s in settings if s.startswith('prune.') and not s.endswith('null'))}", flush=True)
-    run(config)
-    metrics = json.loads((run_dir / "evaluate" / "metrics.json").read_text())
-    parameters = metrics["distilled"]["parameters"]
-    if parameters > MAX_PARAMETERS:
-        raise ConfigError(f"{name} has {parameters:,} parameters, more than {MAX_PARAMETERS:,}")
+    facts, metrics = run_row(name, settings, previous, sources)
+    if metrics is None:
+        return facts
+    if facts["parameters"] > MAX_PARAMETERS:
+        raise ConfigError(f"{name} has {facts['parameters']:,} parameters, more than {MAX_PARAMETERS:,}")
     sets = {model: metrics[model]["sets"]["selection"] for model in ("teacher", "pruned", "distilled")}
-    row = {
-        "fingerprint": fingerprint,
+    return {
+        **facts,
         "settings": [s for s in settings if not s.startswith(("run_dir", "data.validation"))],
-        "parameters": parameters,
-        "num_tokens": int(config.distill.num_tokens),
         "pruned_excess_loss": sets["pruned"]["loss"] - sets["teacher"]["loss"],
         "excess_loss": metrics["excess_loss"]["selection"],
         "kl_to_teacher": sets["distilled"]["kl_to_teacher"],
         "top1_agreement": sets["distilled"]["top1_agreement"],
-        "distill_seconds": stage_seconds(run_dir, "distill"),
     }
-    shutil.rmtree(run_dir / "distill" / "checkpoints")  # 1.2 GB each
-    return row
 
 
 def show(rows: dict[str, Any], num_tokens: int) -> None:

@@ -190,6 +190,12 @@ def _save(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def free_disk_bytes(folder: Path) -> int:
+    """Of the disk that a folder lies on, or will when it is made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
 def open_permissions(path: Path) -> None:
     """Give a file, or every file of a folder, the permissions of the umask: safetensors writes 0600."""
     umask = os.umask(0)

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
@@ -25,9 +24,10 @@ from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer, learning_rate_factor
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
-from compress.settings import CompressConfig, Optimizer
+from compress.settings import CompressConfig
 from compress.step import StudentModule, Teacher, accumulate_gradients
 from compress.tokens import SequenceOrder, TokenSet
+from compress.training import micro_batches, optimizer_of, refuse_empty_windows, resume, source_weights, training_state
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,11 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             compile_layers(model)
         student = StudentModule(model, settings.temperature).train()
         shard(student, decoder_layers(model), mesh, dtype)
-        optimizer = LocalOptimizer(
-            student.named_parameters(),
-            muon=settings.optimizer is Optimizer.muon,
-            learning_rate=settings.learning_rate,
-            muon_learning_rate=settings.muon_learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            epsilon=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
+        optimizer = optimizer_of(student, settings)
         folder = run_dir / "distill" / "checkpoints"
-        start = _resume(folder, student, optimizer)
+        start = resume(folder, student, optimizer)
+        if start:
+            log.info("distill: resuming after step %d from step_%08d", start, start)
         metrics = run_dir / "distill" / "metrics.jsonl"
         _keep_metrics_before(metrics, start)
         _train(config, student, teacher, optimizer, data, order, range(start, max_steps), folder, metrics)
@@ -93,7 +87,11 @@ def _train(
 
     def save(step: int) -> None:
         checkpoint.save(
-            folder, step, _state(student, optimizer), {"tokens": step * tokens_per_step}, settings.keep_checkpoints
+            folder,
+            step,
+            training_state(student, optimizer),
+            {"tokens": step * tokens_per_step},
+            settings.keep_checkpoints,
         )
 
     committed = step_range.start
@@ -101,11 +99,8 @@ def _train(
         for step in track(step_range, "distill", unit="tok", amount=lambda _: tokens_per_step):
             began = time.perf_counter()
             indices = order.indices(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
-            micro_batches = (
-                data.batch(indices[i : i + settings.micro_batch_size])
-                for i in range(0, len(indices), settings.micro_batch_size)
-            )
-            loss, count = accumulate_gradients(student, teacher, micro_batches)
+            window = micro_batches(data, indices, settings.micro_batch_size)
+            loss, count = accumulate_gradients(student, teacher, window)
             factor = learning_rate_factor(
                 step, step_range.stop, settings.warmup_steps, settings.min_learning_rate_ratio
             )
@@ -136,24 +131,6 @@ def _train(
                 )
 
 
-def _state(student: nn.Module, optimizer: LocalOptimizer) -> dict[str, Tensor]:
-    return {
-        **{f"model/{name}": p for name, p in student.named_parameters()},
-        **{f"optimizer/{key}": value for key, value in optimizer.state().items()},
-    }
-
-
-def _resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
-    """Load the newest whole checkpoint in place; returns the steps done (0 without one)."""
-    found = checkpoint.newest(folder)
-    if found is None:
-        return 0
-    path, facts = found
-    checkpoint.load(path, _state(student, optimizer), restore_rng=True)
-    log.info("distill: resuming after step %d from %s", facts["step"], path.name)
-    return int(facts["step"])
-
-
 def progress_line(config: CompressConfig, run_dir: Path) -> str:
     """How far training is, for `stage=status`: step, loss, and time left at the last steps' pace."""
     metrics = run_dir / "distill" / "metrics.jsonl"
@@ -174,32 +151,13 @@ def num_steps(config: CompressConfig) -> int:
     return int(config.distill.num_tokens) // (config.distill.global_batch_size * config.data.sequence_length)
 
 
-def source_weights(config: CompressConfig) -> list[float] | None:
-    weights = [source.weight for source in config.data.train]
-    return None if any(w is None for w in weights) else [w for w in weights if w is not None]
-
-
 def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
     """The training tokens and the order in which they are seen. Raises ConfigError for a step without loss tokens."""
     data = TokenSet.open(run_dir / "tokens" / "train")
     max_steps, batch = num_steps(config), config.distill.global_batch_size
     order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
-    refuse_empty_windows(data, order, max_steps, batch)
+    refuse_empty_windows(data, order, max_steps, batch, "distill")
     return data, order
-
-
-def refuse_empty_windows(
-    data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int, what: str = "distill"
-) -> None:
-    """Every step of the whole run must have a loss token: known from the index before the first forward."""
-    per_draw = data.loss_tokens[order.indices(0, max_steps * global_batch_size)]
-    empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
-    if len(empty):
-        raise ConfigError(
-            f"{what} step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
-            f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
-            "(data.loss_on=all)"
-        )
 
 
 def _keep_metrics_before(metrics: Path, step: int) -> None:

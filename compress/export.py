@@ -19,6 +19,7 @@ from compress.parallel import resolve_dtype
 from compress.settings import CompressConfig
 from compress.slicing import copy_companions
 from compress.targets import ADAPTERS
+from compress.training import load_trained
 
 log = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -70,7 +71,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
                 f"the rest again, or give export.step={facts['step']}"
             )
         model = load_model(pruned, torch.float32, trust)
-        checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
+        load_trained(path, model)
     dtype = resolve_dtype(config.export.dtype)
     for parameter in model.eval().parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
         parameter.data = parameter.data.to(dtype)

@@ -56,12 +56,17 @@ def whole_bytes(config: CompressConfig, info: ModelInfo) -> int:
     return num_parameters(info, info.shape) * resolve_dtype(config.compute_dtype).itemsize
 
 
+def sequences_scored(config: CompressConfig) -> dict[str, int]:
+    """How many calibration sequences the criteria are taken on, by the setting that says so."""
+    found = {"score.num_sequences": config.score.num_sequences}
+    if any(criterion.is_measured and not criterion.startswith("task") for criterion in config.score.depth):
+        found["score.depth_sequences"] = config.score.depth_sequences
+    return found
+
+
 def check_calibration(config: CompressConfig, tokens: TokenSet) -> None:
     """Raise ConfigError when the calibration set has fewer sequences than the scores ask for."""
-    wanted = {"score.num_sequences": config.score.num_sequences}
-    if any(criterion.is_measured and not criterion.startswith("task") for criterion in config.score.depth):
-        wanted["score.depth_sequences"] = config.score.depth_sequences
-    for key, value in wanted.items():
+    for key, value in sequences_scored(config).items():
         if value > tokens.num_sequences:
             raise ConfigError(
                 f"{key}={value}, but data.calibration gives only {tokens.num_sequences} sequences of "

@@ -54,14 +54,12 @@ class Plan:
     @property
     def peak(self) -> tuple[str, int]:
         """The moment at which a rank holds most, and how much."""
-        moment = max(self.memory, key=lambda name: sum(self.memory[name].values()))
-        return moment, sum(self.memory[moment].values())
+        return _peak(self.memory)
 
 
 def run(config: CompressConfig) -> Iterator[Table]:
     """The tables of the plan. Raises ConfigError for what can't fit, saying what would."""
-    made = make_plan(config)
-    yield from (_models(config, made), _memory(config, made), _work(config, made))
+    return run_rounds([config])
 
 
 def run_rounds(configs: Sequence[CompressConfig]) -> Iterator[Table]:
@@ -184,7 +182,11 @@ def _check_fits(config: CompressConfig, made: Plan) -> None:
         return
     where = f"each of {made.num_gpus} GPUs" if made.num_gpus else "this machine"
     share = f"{usable / made.memory_limit:.0%} of {_gib(made.memory_limit)}"
-    fits = [text for text, layout in _alternatives(config, made) if _peak(made, layout) <= usable]
+    fits = [
+        text
+        for text, layout in _alternatives(config, made)
+        if _peak(step_memory(made.teacher, made.student, layout))[1] <= usable
+    ]
     raise ConfigError(
         f"distill needs {_gib(needed)} on {where} at {moment}, and {share} are there to be used"
         + (f"; it would fit with {' or with '.join(fits)}" if fits else "; not even these would fit: more nodes, "
@@ -210,8 +212,10 @@ def _alternatives(config: CompressConfig, made: Plan) -> Iterator[tuple[str, Lay
                 yield f"cluster.num_nodes={nodes}", replace(layout, num_ranks=ranks)
 
 
-def _peak(made: Plan, layout: Layout) -> int:
-    return max(sum(parts.values()) for parts in step_memory(made.teacher, made.student, layout).values())
+def _peak(memory: dict[str, dict[str, int]]) -> tuple[str, int]:
+    totals = {moment: sum(parts.values()) for moment, parts in memory.items()}
+    moment = max(totals, key=totals.__getitem__)
+    return moment, totals[moment]
 
 
 # -- what a person sees

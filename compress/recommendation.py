@@ -16,11 +16,9 @@ from transformers import PreTrainedModel
 
 from compress.families import PRUNABLE, Shape
 from compress.masking import masked
-from compress.models import output_head
-from compress.objectives import distillation_loss
 from compress.scores import Importance
 from compress.slicing import select
-from compress.step import Teacher, trunk
+from compress.step import Teacher, divergence
 from compress.tokens import TokenBatch
 
 _WIDTHS = tuple(name for name in PRUNABLE if name != "num_hidden_layers")
@@ -55,19 +53,9 @@ def compare_criteria(
 
     @torch.no_grad()
     def kl(shape: Shape, gone: Sequence[int], width: str | None = None) -> float:
-        total, head = 0.0, output_head(model)
         with masked(model, select(importance, shape, gone, width=width)):
-            for batch, signal in zip(batches, signals, strict=True):
-                hidden_ND = trunk(model, batch)[batch.loss_mask]
-                total += distillation_loss(
-                    hidden_ND,
-                    head.weight_VD,
-                    signal.hidden_NE,
-                    head.weight_VD,
-                    student_softcap=head.softcap,
-                    teacher_softcap=head.softcap,
-                ).item()
-        return total / count
+            pairs = zip(batches, signals, strict=True)
+            return sum(divergence(model, batch, signal).item() for batch, signal in pairs) / count
 
     width_kl: dict[str, float] = {}
     depth_kl: dict[str, float] = {}

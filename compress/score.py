@@ -15,14 +15,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo
-from compress.artifacts import fingerprint_path, write_json
+from compress.artifacts import fingerprint_path, free_disk_bytes, write_json
 from compress.criteria import AGGREGATED, Criterion, parse_criterion
 from compress.depth import rank_layers, rank_layers_by_task, removal_reach
 from compress.errors import ArtifactError, ConfigError
 from compress.folders import read_model
 from compress.gradients import estimate_taylor, weight_magnitude
 from compress.importance import estimate_importance, stream_importance
-from compress.inputs import check_calibration, source_of, streams, task_items, whole_bytes
+from compress.inputs import check_calibration, sequences_scored, source_of, streams, task_items, whole_bytes
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
 from compress.parallel import Ranks, available_bytes, joined, resolve_dtype
@@ -143,7 +143,7 @@ def _check_memory(config: CompressConfig, info: ModelInfo) -> None:
                 "weighted_activation, weight_magnitude and block_influence, or set score.stream=false on a larger "
                 "machine"
             )
-    elif any(not name.startswith("task") for name in measured) and weights + states > free:
+    elif "score.depth_sequences" in sequences_scored(config) and weights + states > free:
         raise ConfigError(
             f"{', '.join(measured)}: keeps the hidden states of score.depth_sequences={config.score.depth_sequences} "
             f"sequences before every layer, {states / 1e9:.1f} GB beside {weights / 1e9:.1f} GB of weights, and "
@@ -154,9 +154,8 @@ def _check_memory(config: CompressConfig, info: ModelInfo) -> None:
 def _check_spill(config: CompressConfig, info: ModelInfo) -> None:
     """Raise ArtifactError where the calibration text's hidden states, which streaming keeps on disk, don't fit."""
     run_dir = Path(config.run_dir).expanduser()
-    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     sequence = config.data.sequence_length * info.shape.hidden_size * resolve_dtype(config.compute_dtype).itemsize
-    needed, free = config.score.num_sequences * sequence, shutil.disk_usage(there).free
+    needed, free = config.score.num_sequences * sequence, free_disk_bytes(run_dir)
     if needed > free:
         raise ArtifactError(
             f"{run_dir / '.score-spill-0'}: the hidden states of the calibration text take {needed / 1e9:.1f} GB and "
@@ -228,10 +227,7 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo, ranks: 
             f"{info.shape.vocab_size}; tokenize again with this teacher's tokenizer"
         )
     check_calibration(config, tokens)
-    counted = {"score.num_sequences": config.score.num_sequences}
-    if any(criterion.is_measured and not criterion.startswith("task") for criterion in config.score.depth):
-        counted["score.depth_sequences"] = config.score.depth_sequences
-    for key, count in counted.items():
+    for key, count in sequences_scored(config).items():
         groups = -(-count // config.score.micro_batch_size)
         if groups < ranks.size:
             raise ConfigError(
@@ -242,14 +238,20 @@ def _calibration(config: CompressConfig, run_dir: Path, info: ModelInfo, ranks: 
     return tokens
 
 
+def _listened(criteria: Sequence[Criterion]) -> list[str]:
+    """The criteria of the forward pass, which runs for block influence also where none of them is asked for."""
+    return [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
+
+
 def _activations(
     config: CompressConfig, model: PreTrainedModel, tokens: TokenSet, criteria: Sequence[Criterion], ranks: Ranks
 ) -> Importance:
-    """One forward pass; it runs for block influence also where no activation criterion is asked for."""
-    wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
+    """One forward pass."""
     similarity = DepthCriterion.block_cosine in config.score.depth
     batches = _tracked(config, tokens, "activations")
-    return estimate_importance(model, batches, wanted, similarity=similarity, ranks=ranks, compile=config.score.compile)
+    return estimate_importance(
+        model, batches, _listened(criteria), similarity=similarity, ranks=ranks, compile=config.score.compile
+    )
 
 
 def _streamed(
@@ -261,7 +263,6 @@ def _streamed(
     ranks: Ranks,
 ) -> Importance:
     """The same scores with one layer in memory at a time, the hidden states in a file of the run folder."""
-    wanted = [str(criterion) for criterion in criteria if criterion.kind in AGGREGATED] or ["activation"]
     batches = list(_batches(tokens, config.score.num_sequences, config.score.micro_batch_size))
     spill = run_dir / f".score-spill-{ranks.rank}"
     try:
@@ -269,7 +270,7 @@ def _streamed(
             info,
             resolve_dtype(config.compute_dtype),
             batches,
-            wanted,
+            _listened(criteria),
             spill=spill,
             ranks=ranks,
             compile=config.score.compile,

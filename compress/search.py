@@ -27,20 +27,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress import checkpoint
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
-from compress.artifacts import STARTED, building_folder, open_permissions, read_json, write_json
-from compress.distill import refuse_empty_windows, source_weights
+from compress.artifacts import STARTED, building_folder, free_disk_bytes, open_permissions, read_json, write_json
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_model
 from compress.inputs import source_of, streams, teacher_of, whole_bytes
+from compress.memory import MASTER_BYTES, MOMENT_BYTES
 from compress.metrics import generation_speed
-from compress.models import decoder_layers, load_model, output_head
-from compress.objectives import distillation_loss
-from compress.optimizer import LocalOptimizer
+from compress.models import decoder_layers, load_model
 from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
 from compress.progress import console, track
 from compress.scores import Importance, rank_correlation
-from compress.settings import CompressConfig, Optimizer, set_name
+from compress.settings import CompressConfig, set_name
 from compress.shapes import (
     Candidate,
     Grid,
@@ -51,16 +49,24 @@ from compress.shapes import (
     rank,
 )
 from compress.slicing import copy_companions, num_stored_bytes, select
-from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, trunk
+from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, divergence
 from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
+from compress.training import (
+    load_trained,
+    micro_batches,
+    optimizer_of,
+    refuse_empty_windows,
+    resume,
+    source_weights,
+    training_state,
+)
 
 log = logging.getLogger(__name__)
 SPEEDS = "speeds.json"
 NUM_RESAMPLES = 2000
 SPEED_TOKENS = 32  # generated for a candidate's speed
 NUM_BISECTIONS = 6  # of the parameters that a speed admits: to within 1 % of the range
-CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,9 @@ def preflight(config: CompressConfig) -> None:
     if not grid.limits:
         extremes(info, grid)
     run_dir = Path(config.run_dir).expanduser()
-    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     has = sum(file.stat().st_size for file in (run_dir / "search").rglob("*") if file.is_file())
     needed = disk_bytes(config, info, teacher.shape.hidden_size) - has  # what a killed search left is gone on with
-    free = shutil.disk_usage(there).free
+    free = free_disk_bytes(run_dir)
     if needed > free:
         raise ArtifactError(
             f"{run_dir / 'search'}: {config.search.num_candidates} candidates and the teacher's signals take up to "
@@ -133,12 +138,12 @@ def disk_bytes(config: CompressConfig, info: ModelInfo, teacher_hidden_size: int
     """At most: the candidates' weights, a checkpoint for each that is trained and one more, what the teacher says."""
     search = config.search
     parameters = min(num_parameters(info, info.shape), config.prune.max_parameters or math.inf)
-    trained = num_distilled(config, search.num_candidates) if search.num_tokens else 0
-    rounds = math.ceil(math.log2(max(2, trained)))
-    signal_tokens = search.num_tokens * 2 ** (rounds - 1) + search.num_sequences * config.data.sequence_length
+    rounds = _schedule(config, search.num_candidates)
+    trained = rounds[1][1] if len(rounds) > 1 else 0
+    signal_tokens = rounds[-1][0] + search.num_sequences * config.data.sequence_length
     itemsize = resolve_dtype(config.compute_dtype).itemsize
     stored = num_stored_bytes(info) / num_parameters(info, info.shape)
-    weights = search.num_candidates * stored + (trained + 1 if trained else 0) * CHECKPOINT_BYTES
+    weights = search.num_candidates * stored + (trained + 1 if trained else 0) * (MASTER_BYTES + MOMENT_BYTES)
     return int(parameters * weights + signal_tokens * teacher_hidden_size * itemsize)
 
 
@@ -155,18 +160,15 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     model = load_model(teacher_of(config), resolve_dtype(config.compute_dtype), trust)
     teacher = RecordedTeacher(model, folder / "teacher")
     rounds: list[Round] = []
-    names, num_tokens = list(entries), 0
-    while True:
+    names = list(entries)
+    for num_tokens, count in _schedule(config, len(names)):
+        names = names[:count]
         rounds.append(
             _round(config, run_dir, info, importance, teacher, judge, [entries[n] for n in names], num_tokens)
         )
         _log_round(rounds[-1])
-        if not config.search.num_tokens or (num_tokens and len(names) <= 2):
-            break
         names = rounds[-1].order()
-        names = names[: _num_left(config, len(names), num_tokens)]
-        num_tokens = 2 * num_tokens or int(config.search.num_tokens)
-    winner = rounds[-1].order()[0]
+    winner = names[0]
     if num_tokens and not (folder / "winner").exists():  # it is built as a whole, and its checkpoint goes below
         _save_winner(config, info, folder, winner)
     report = _report(config, info, folder, entries, rounds, winner)
@@ -191,17 +193,10 @@ def _drop_work_of_other_settings(config: CompressConfig, folder: Path) -> None:
 def _check_order(config: CompressConfig, run_dir: Path) -> None:
     """Raise ConfigError when a step of the longest short distillation would have no loss token."""
     data = TokenSet.open(run_dir / "tokens" / "train")
-    stop = _last_tokens(config) // (config.distill.global_batch_size * data.sequence_length)
+    stop = _schedule(config, config.search.num_candidates)[-1][0] // (
+        config.distill.global_batch_size * data.sequence_length
+    )
     refuse_empty_windows(data, _order(config, data, stop), stop, config.distill.global_batch_size, "search")
-
-
-def _last_tokens(config: CompressConfig) -> int:
-    """How far the candidates of the last round are trained."""
-    left, tokens = config.search.num_candidates, 0
-    while config.search.num_tokens and not (tokens and left <= 2):
-        left = _num_left(config, left, tokens)
-        tokens = 2 * tokens or int(config.search.num_tokens)
-    return tokens
 
 
 def _order(config: CompressConfig, data: TokenSet, num_steps: int) -> SequenceOrder:
@@ -210,18 +205,20 @@ def _order(config: CompressConfig, data: TokenSet, num_steps: int) -> SequenceOr
     return SequenceOrder(data.source_sizes, source_weights(config), total, seed=config.seed + 1)
 
 
-def num_distilled(config: CompressConfig, num_candidates: int) -> int:
-    """How many of the candidates that were measured untrained are distilled."""
-    return min(num_candidates, config.search.num_distilled or num_candidates)
+def _schedule(config: CompressConfig, count: int) -> list[tuple[int, int]]:
+    """(tokens of training so far, candidates) of each round, from `count` untrained ones to the last two or one.
 
-
-def _num_left(config: CompressConfig, count: int, num_tokens: int) -> int:
-    """How many go on from `count` that were compared after `num_tokens`: of the trained ones the better half.
-
-    Of the untrained ones all, unless search.num_distilled says otherwise: what pruning costs at once says little of
-    what training wins back (benchmarks/shapes.py).
+    Of the untrained ones all are distilled, unless search.num_distilled says otherwise: what pruning costs at once says
+    little of what training wins back (benchmarks/shapes.py). Of the trained ones the better half goes on.
     """
-    return math.ceil(count / 2) if num_tokens else num_distilled(config, count)
+    rounds, tokens = [(0, count)], int(config.search.num_tokens)
+    if tokens:
+        count = min(count, config.search.num_distilled or count)
+        rounds.append((tokens, count))
+        while count > 2:
+            count, tokens = math.ceil(count / 2), 2 * tokens
+            rounds.append((tokens, count))
+    return rounds
 
 
 # -- which shapes are measured
@@ -427,38 +424,18 @@ def _trained(
         model = load_model(student, torch.float32, trust)
         module = StudentModule(model, settings.temperature).train()
         shard(module, decoder_layers(model), mesh, teacher.model.dtype)
-        optimizer = LocalOptimizer(
-            module.named_parameters(),
-            muon=settings.optimizer is Optimizer.muon,
-            learning_rate=settings.learning_rate,
-            muon_learning_rate=settings.muon_learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            epsilon=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
-
-        def state() -> dict[str, Tensor]:
-            weights = {f"model/{name}": p for name, p in module.named_parameters()}
-            return {**weights, **{f"optimizer/{key}": value for key, value in optimizer.state().items()}}
-
-        found = checkpoint.newest(folder)
-        start = 0
-        if found is not None:
-            checkpoint.load(found[0], state(), restore_rng=True)
-            start = int(found[1]["step"])
+        optimizer = optimizer_of(module, settings)
+        start = resume(folder, module, optimizer)
         for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
             indices = order.indices(step * batch_size, (step + 1) * batch_size)
-            size = settings.micro_batch_size
-            micro_batches = (data.batch(indices[i : i + size]) for i in range(0, len(indices), size))
-            loss, _ = accumulate_gradients(module, teacher, micro_batches)
+            window = micro_batches(data, indices, settings.micro_batch_size)
+            loss, _ = accumulate_gradients(module, teacher, window)
             factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
             if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
                 return None
-        checkpoint.save(folder, stop, state(), {"tokens": num_tokens}, keep=1)
+        checkpoint.save(folder, stop, training_state(module, optimizer), {"tokens": num_tokens}, keep=1)
     plain = load_model(student, torch.float32, trust)
-    checkpoint.load(
-        folder / f"step_{stop:08d}", {f"model/model.{name}": p.data for name, p in plain.named_parameters()}
-    )
+    load_trained(folder / f"step_{stop:08d}", plain)
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(teacher.model.dtype)
     return plain
@@ -467,19 +444,7 @@ def _trained(
 @torch.no_grad()
 def _divergence(model: PreTrainedModel, teacher: Teacher, batches: Iterable[TokenBatch]) -> list[float]:
     """KL(teacher || model) of each batch, in nats, summed over its loss tokens."""
-    head, result = output_head(model), []
-    for batch in batches:
-        signal = teacher.signal(batch)
-        loss = distillation_loss(
-            trunk(model, batch)[batch.loss_mask],
-            head.weight_VD,
-            signal.hidden_NE,
-            signal.head.weight_VD,
-            student_softcap=head.softcap,
-            teacher_softcap=signal.head.softcap,
-        )
-        result.append(loss.item())
-    return result
+    return [divergence(model, batch, teacher.signal(batch)).item() for batch in batches]
 
 
 def _save_winner(config: CompressConfig, info: ModelInfo, folder: Path, name: str) -> None:
@@ -488,7 +453,7 @@ def _save_winner(config: CompressConfig, info: ModelInfo, folder: Path, name: st
     found = checkpoint.newest(folder / "training" / name)
     assert found is not None, name
     model = load_model(folder / "candidates" / name, torch.float32, trust)
-    checkpoint.load(found[0], {f"model/model.{n}": p.data for n, p in model.named_parameters()})
+    load_trained(found[0], model)
     model.config.dtype = torch.float32
     with building_folder(folder / "winner") as building:
         model.save_pretrained(building)

@@ -100,6 +100,20 @@ class RecordedTeacher(Teacher):
         return TeacherSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
 
 
+def divergence(model: PreTrainedModel, batch: TokenBatch, signal: TeacherSignal, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || model) in nats, summed over the micro-batch's loss tokens."""
+    head = output_head(model)
+    return distillation_loss(
+        trunk(model, batch)[batch.loss_mask],
+        head.weight_VD,
+        signal.hidden_NE,
+        signal.head.weight_VD,
+        temperature=temperature,
+        student_softcap=head.softcap,
+        teacher_softcap=signal.head.softcap,
+    )
+
+
 class StudentModule(nn.Module):
     """Trunk, head and objective in one forward, to be wrapped by `parallel.shard`."""
 
@@ -109,18 +123,7 @@ class StudentModule(nn.Module):
         self.temperature = temperature
 
     def forward(self, batch: TokenBatch, signal: TeacherSignal) -> Tensor:
-        """KL(teacher || student) in nats, summed over the micro-batch's loss tokens."""
-        hidden_ND = trunk(self.model, batch)[batch.loss_mask]
-        head = output_head(self.model)
-        return distillation_loss(
-            hidden_ND,
-            head.weight_VD,
-            signal.hidden_NE,
-            signal.head.weight_VD,
-            temperature=self.temperature,
-            student_softcap=head.softcap,
-            teacher_softcap=signal.head.softcap,
-        )
+        return divergence(self.model, batch, signal, self.temperature)
 
 
 def accumulate_gradients(

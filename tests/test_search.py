@@ -86,11 +86,9 @@ def test_untrained_candidates_are_left_out_only_where_the_settings_say_so() -> N
         ((), [3, 2]),
         (("search.num_distilled=2",), [2]),
     ):
-        config, left, counts = load_config("recipe=tiny", *SEARCH, *settings), 5, []
-        while not counts or left > 2:
-            left = search._num_left(config, left, 1024 if counts else 0)
-            counts.append(left)
-        assert counts == expected
+        rounds = search._schedule(load_config("recipe=tiny", *SEARCH, *settings), 5)
+        assert rounds[0] == (0, 5)
+        assert [count for _, count in rounds[1:]] == expected
 
 
 def test_the_figures_are_the_kl_that_evaluate_measures(searched_source: Path) -> None:

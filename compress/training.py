@@ -1,0 +1,74 @@
+"""What the distill stage and the search's short distillations share: the data's order, the optimizer, the state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress import checkpoint
+from compress.errors import ConfigError
+from compress.optimizer import LocalOptimizer
+from compress.settings import CompressConfig, DistillConfig, Optimizer
+from compress.tokens import SequenceOrder, TokenBatch, TokenSet
+
+
+def source_weights(config: CompressConfig) -> list[float] | None:
+    weights = [source.weight for source in config.data.train]
+    return None if any(w is None for w in weights) else [w for w in weights if w is not None]
+
+
+def refuse_empty_windows(
+    data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int, what: str
+) -> None:
+    """Every step of the whole run must have a loss token: known from the index before the first forward."""
+    per_draw = data.loss_tokens[order.indices(0, max_steps * global_batch_size)]
+    empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
+    if len(empty):
+        raise ConfigError(
+            f"{what} step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
+            f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
+            "(data.loss_on=all)"
+        )
+
+
+def micro_batches(data: TokenSet, indices: np.ndarray, size: int) -> Iterator[TokenBatch]:
+    """A step's sequences, `size` at a time."""
+    return (data.batch(indices[i : i + size]) for i in range(0, len(indices), size))
+
+
+def optimizer_of(student: nn.Module, settings: DistillConfig) -> LocalOptimizer:
+    return LocalOptimizer(
+        student.named_parameters(),
+        muon=settings.optimizer is Optimizer.muon,
+        learning_rate=settings.learning_rate,
+        muon_learning_rate=settings.muon_learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def training_state(student: nn.Module, optimizer: LocalOptimizer) -> dict[str, Tensor]:
+    return {
+        **{f"model/{name}": p for name, p in student.named_parameters()},
+        **{f"optimizer/{key}": value for key, value in optimizer.state().items()},
+    }
+
+
+def resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
+    """Load the newest whole checkpoint in place, random numbers too; returns the steps done (0 without one)."""
+    found = checkpoint.newest(folder)
+    if found is None:
+        return 0
+    path, facts = found
+    checkpoint.load(path, training_state(student, optimizer), restore_rng=True)
+    return int(facts["step"])
+
+
+def load_trained(path: Path, model: PreTrainedModel) -> None:
+    """The weights of a checkpoint of `training_state` into the plain model that the student was made from."""
+    checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
