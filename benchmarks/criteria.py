@@ -87,9 +87,12 @@ def run_until(stage: str, settings: Sequence[str]) -> Path:
 
 def row_of(name: str, settings: Sequence[str], previous: dict[str, Any] | None, shared: Sequence[Path]) -> Any:
     """One row with its figures by set; `previous` when its settings and inputs are those of now."""
+    from compress.config import load_config
+
     facts, metrics = run_row(name, settings, previous, shared)
     if metrics is None:
         return facts
+    shutil.rmtree(Path(load_config(*settings).run_dir) / "export")  # there are dozens of them
     sets = {
         dataset: {
             model: {

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 from compress import search
 from compress.architecture import num_parameters
+from compress.candidates import Entry, name_of, spread
 from compress.config import load_config
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.folders import read_model
 from compress.metrics import language_modelling
 from compress.models import load_model
-from compress.search import Round, name_of, spread
+from compress.search import Round
 from compress.shapes import Candidate
 from compress.step import RecordedTeacher, Teacher
 from compress.tokens import TokenSet
@@ -126,7 +127,7 @@ def test_training_in_rounds_is_training_in_one_go(searched: Path, cache: Path, t
     row = report["candidates"][0]
     folder = searched / "search" / "candidates" / row["name"]
     teacher = Teacher(load_model(teacher_source, torch.float32))
-    entry = search.Entry(row["name"], None)  # type: ignore[arg-type]
+    entry = Entry(row["name"], None)  # type: ignore[arg-type]
     for tokens in (1024, 2048):
         rounds = search._trained(config, searched, teacher, folder, entry, tokens, "")
     shutil.rmtree(searched / "search" / "training")
