@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 
 from compress.errors import ConfigError, NumericalError
 from compress.families import family_of_config
-from compress.models import OutputHead, decoder_layers, output_head
-from compress.objectives import distillation_loss, soft_cap_
+from compress.models import OutputHead, decoder_layers, logits_of, output_head
+from compress.objectives import distillation_loss
 from compress.parallel import ALONE, Ranks
 from compress.scores import LayerRemovals
 from compress.step import trunk
@@ -80,11 +80,7 @@ class LogitMeasure:
     def __call__(self, final_ND: Tensor) -> tuple[float, float]:
         head, count = self.head, len(final_ND)
         if self.kind == "kl":
-            cap = head.softcap
-            total = distillation_loss(
-                final_ND, head.weight_VD, self.teacher_ND, head.weight_VD, student_softcap=cap, teacher_softcap=cap
-            )
-            return total.item(), float(count)
+            return distillation_loss(final_ND, head, self.teacher_ND, head).item(), float(count)
         above = below = 0.0
         for start in range(0, count, _CHUNK):
             chunk = slice(start, start + _CHUNK)
@@ -99,7 +95,7 @@ class LogitMeasure:
         return above, below
 
     def _logits(self, hidden_CD: Tensor) -> Tensor:
-        return soft_cap_(hidden_CD @ self.head.weight_VD.T, self.head.softcap).float()
+        return logits_of(hidden_CD, self.head).float()
 
 
 class TaskMeasure:
@@ -115,7 +111,7 @@ class TaskMeasure:
         token_N = torch.empty(len(final_ND), dtype=torch.float64)
         for start in range(0, len(final_ND), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            logits_CV = soft_cap_(final_ND[chunk] @ self.head.weight_VD.T, self.head.softcap).float()
+            logits_CV = logits_of(final_ND[chunk], self.head).float()
             token_N[chunk] = -F.cross_entropy(logits_CV, self.label_N[chunk], reduction="none").double().cpu()
         score = torch.zeros(len(self.item_of_choice), dtype=torch.float64).index_add_(0, self.choice_N, token_N)
         total, hits = 0.0, 0

@@ -21,13 +21,24 @@ from compress.artifacts import disk_errors, write_atomic
 from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
-from compress.optimizer import LocalOptimizer, learning_rate_factor
+from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
+from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig
-from compress.step import StudentModule, Teacher, accumulate_gradients
+from compress.step import StudentModule, accumulate_gradients
+from compress.teacher import Teacher
 from compress.tokens import SequenceOrder, TokenSet
-from compress.training import micro_batches, optimizer_of, refuse_empty_windows, resume, source_weights, training_state
+from compress.training import (
+    micro_batches,
+    optimizer_of,
+    refuse_empty_windows,
+    resume,
+    source_weights,
+    term_names,
+    terms_at,
+    training_state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +70,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         if settings.compile:
             compile_layers(teacher.model)
             compile_layers(model)
-        student = StudentModule(model, settings.temperature).train()
+        student = StudentModule(model).train()
         shard(student, decoder_layers(model), mesh, dtype)
         optimizer = optimizer_of(student, settings)
         folder = run_dir / "distill" / "checkpoints"
@@ -100,9 +111,16 @@ def _train(
             began = time.perf_counter()
             indices = order.indices(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
             window = micro_batches(data, indices, settings.micro_batch_size)
-            loss, count = accumulate_gradients(student, teacher, window)
+            terms = terms_at(settings, step / max(1, step_range.stop - 1))
+            found = accumulate_gradients(student, teacher, window, terms)
+            loss = found.loss
             factor = learning_rate_factor(
-                step, step_range.stop, settings.warmup_steps, settings.min_learning_rate_ratio
+                step,
+                step_range.stop,
+                settings.warmup_steps,
+                settings.min_learning_rate_ratio,
+                settings.learning_rate_curve,
+                settings.decay_share,
             )
             norm = math.nan
             if math.isfinite(loss):
@@ -117,7 +135,9 @@ def _train(
             if (step + 1) % settings.log_steps == 0 or step + 1 == step_range.stop:
                 seconds = time.perf_counter() - began
                 _append(metrics, {
-                    "step": step + 1, "tokens": (step + 1) * tokens_per_step, "loss_tokens": count, "loss": loss,
+                    "step": step + 1, "tokens": (step + 1) * tokens_per_step, "loss_tokens": found.num_tokens,
+                    "loss": loss,
+                    "terms": dict(zip(term_names(terms), found.terms, strict=True)),
                     "gradient_norm": norm, "learning_rate": rate, "seconds": seconds,
                     "tokens_per_second": tokens_per_step / seconds,
                 })  # fmt: skip

@@ -205,7 +205,7 @@ def estimate_taylor(model: PreTrainedModel, batches: Iterable[TokenBatch], ranks
                     continue
                 found.valid_BT = batch.valid_mask
                 hidden_ND = trunk(model, batch)[batch.loss_mask]
-                logits_NV = (hidden_ND @ head.weight_VD.T).float()
+                logits_NV = (F.linear(hidden_ND, head.weight_VD, head.bias_V) * head.scale).float()
                 if head.softcap is not None:
                     logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
                 label_N = torch.roll(batch.input_ids, -1, 1)[batch.loss_mask]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
 from compress.families import Shape
-from compress.objectives import CHUNK_TOKENS
+from compress.objectives.chunked import tokens_per_chunk
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # a parameter: float32 weight, AdamW's two moments
 GRADIENT_BYTES = 4  # reduced in float32
@@ -100,7 +100,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     ends = {
         "final hidden states": tokens * (2 * item * hidden + 4 * hidden + item * teacher.shape.hidden_size),
     }
-    chunk = min(CHUNK_TOKENS, tokens)
+    chunk = min(tokens_per_chunk(vocabulary, item), tokens)
     head = vocabulary * hidden
     several = tokens > chunk
     loss = {

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from compress.errors import NumericalError
-from compress.models import output_head
-from compress.objectives import soft_cap_
+from compress.models import logits_of, output_head
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -79,8 +78,7 @@ def language_modelling(
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_CD: Tensor) -> Tensor:
-    head = output_head(model)
-    return torch.log_softmax(soft_cap_(hidden_CD @ head.weight_VD.T, head.softcap).float(), -1)
+    return torch.log_softmax(logits_of(hidden_CD, output_head(model)).float(), -1)
 
 
 @torch.inference_mode()

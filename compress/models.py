@@ -23,15 +23,46 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What turns final hidden states into logits: the weight (V, D), and the soft cap where the family has one."""
+    """What turns final hidden states into logits: the weight (V, D), and what the family puts upon its product."""
 
     weight_VD: Tensor
-    softcap: float | None = None
+    softcap: float | None = None  # c of c * tanh(logits / c), as Gemma 2's
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+
+    def detached_copy(self) -> OutputHead:
+        """The head as it is now, whatever the optimizer does to it."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
+        return OutputHead(self.weight_VD.detach().clone(), self.softcap, bias_V, self.scale)
+
+    def rows(self, count: int) -> OutputHead:
+        """Its first rows: what a vocabulary has without padding."""
+        if count == len(self.weight_VD):
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:count]
+        return OutputHead(self.weight_VD[:count], self.softcap, bias_V, self.scale)
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return OutputHead(model.get_output_embeddings().weight, None if cap is None else float(cap))
+    """The model's head, with the scale of Cohere (logit_scale) and Granite (logits_scaling, which divides)."""
+    config, linear = model.config, model.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
+    return OutputHead(linear.weight, None if cap is None else float(cap), linear.bias, scale)
+
+
+def soft_cap_(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), in place; the logits themselves where there is no cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def logits_of(hidden_CD: Tensor, head: OutputHead) -> Tensor:
+    """(C, V): the head's product with its bias, scale and soft cap; no gradient flows through the last two."""
+    weight_VD = head.weight_VD
+    logits_CV = hidden_CD @ weight_VD.T if head.bias_V is None else torch.addmm(head.bias_V, hidden_CD, weight_VD.T)
+    if head.scale != 1:
+        logits_CV *= head.scale
+    return soft_cap_(logits_CV, head.softcap)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

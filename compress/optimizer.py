@@ -1,4 +1,4 @@
-"""Optimizers over local shards, and the learning rate's schedule.
+"""Optimizers over local shards.
 
 AdamW is elementwise, so each rank steps the shard it owns as a plain tensor: no DTensor dispatch. Muon needs whole
 matrices and is therefore refused beyond one shard.
@@ -6,7 +6,6 @@ matrices and is therefore refused beyond one shard.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -14,14 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from compress.errors import ConfigError
-
-
-def learning_rate_factor(step: int, max_steps: int, warmup_steps: int, min_ratio: float) -> float:
-    """Multiplier for the step numbered from 0: linear warm-up, then cosine down to min_ratio at the last step."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class LocalOptimizer:

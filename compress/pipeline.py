@@ -61,7 +61,8 @@ class StageEntry:
 
 
 _TRAINING = (
-    "num_tokens global_batch_size temperature optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
+    "num_tokens global_batch_size objectives optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
+    "learning_rate_curve decay_share "
     "warmup_steps compile weight_decay beta1 beta2 epsilon max_gradient_norm"
 )
 _TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())

@@ -18,7 +18,8 @@ from compress.families import PRUNABLE, Shape
 from compress.masking import masked
 from compress.scores import Importance
 from compress.slicing import select
-from compress.step import Teacher, divergence
+from compress.step import divergence
+from compress.teacher import Teacher
 from compress.tokens import TokenBatch
 
 _WIDTHS = tuple(name for name in PRUNABLE if name != "num_hidden_layers")

@@ -58,7 +58,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         _positive,
         "must be a positive number",
-        "distill.learning_rate distill.muon_learning_rate distill.temperature distill.max_gradient_norm "
+        "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
         "distill.epsilon prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
         "cluster.price_per_gpu_hour",
     ),

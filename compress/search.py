@@ -44,8 +44,9 @@ from compress.shapes import (
     extremes,
 )
 from compress.slicing import copy_companions, num_stored_bytes, select
-from compress.step import RecordedTeacher, StudentModule, Teacher, accumulate_gradients, divergence
+from compress.step import StudentModule, accumulate_gradients, divergence
 from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
+from compress.teacher import RecordedTeacher, Teacher
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 from compress.training import (
     load_trained,
@@ -54,6 +55,7 @@ from compress.training import (
     refuse_empty_windows,
     resume,
     source_weights,
+    terms_at,
     training_state,
 )
 
@@ -290,17 +292,18 @@ def _trained(
     tokens_per_step = batch_size * data.sequence_length
     stop = num_tokens // tokens_per_step
     order = _order(config, data, stop)
+    terms = terms_at(settings, 0)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)
-        module = StudentModule(model, settings.temperature).train()
+        module = StudentModule(model).train()
         shard(module, decoder_layers(model), mesh, teacher.model.dtype)
         optimizer = optimizer_of(module, settings)
         start = resume(folder, module, optimizer)
         for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
             indices = order.indices(step * batch_size, (step + 1) * batch_size)
             window = micro_batches(data, indices, settings.micro_batch_size)
-            loss, _ = accumulate_gradients(module, teacher, window)
+            loss = accumulate_gradients(module, teacher, window, terms).loss
             factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
             if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
                 return None

@@ -72,6 +72,53 @@ class Optimizer(StrEnum):
     muon = "muon"
 
 
+class Curve(StrEnum):
+    """How a quantity goes from its first value to its last (`schedules.py`)."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class ObjectiveName(StrEnum):
+    """What a term of the loss is (docs/objectives.md)."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"
+    skew_kl = "skew_kl"
+    skew_reverse_kl = "skew_reverse_kl"
+    total_variation = "total_variation"
+    adaptive_kl = "adaptive_kl"
+    top_k_kl = "top_k_kl"
+    bild = "bild"
+    dac_kl = "dac_kl"
+    span_relation = "span_relation"
+    cross_entropy = "cross_entropy"
+    label_smoothing = "label_smoothing"
+
+
+@dataclass
+class TermConfig:
+    """A summand of the loss. The options below `squared` belong to single objectives; null is their default."""
+
+    objective: ObjectiveName = ObjectiveName.forward_kl
+    weight: float = 1.0
+    weight_end: float | None = None  # at the last step; none = as at the first
+    temperature: float = 1.0
+    temperature_end: float | None = None
+    curve: Curve = Curve.linear  # from first to last
+    squared: bool = False  # times temperature**2
+    k: int | None = None
+    beta: float | None = None
+    skew: float | None = None
+    head_mass: float | None = None
+    lower_quantile: float | None = None
+    upper_quantile: float | None = None
+    smoothing: float | None = None
+
+
 @dataclass
 class TeacherConfig:
     """The model to shrink: a Hugging Face folder, a hub id, or `embedded:NAME`."""
@@ -187,11 +234,13 @@ class DistillConfig:
     num_tokens: Size = MISSING
     global_batch_size: int = 4  # sequences a step
     micro_batch_size: int = 4  # sequences a forward; changes memory, not the gradient
-    temperature: float = 1.0
+    objectives: list[TermConfig] = field(default_factory=lambda: [TermConfig()])  # the loss is their sum
     optimizer: Optimizer = Optimizer.adamw
     learning_rate: float = 4e-4
     muon_learning_rate: float = 0.01  # of the layers' matrices when optimizer=muon; the rest trains by AdamW
-    min_learning_rate_ratio: float = 0.1
+    min_learning_rate_ratio: float = 0.1  # of the learning rate, at the last step
+    learning_rate_curve: Curve = Curve.cosine
+    decay_share: float = 0.2  # of all steps, the decay at the end of a wsd curve
     warmup_steps: int = 8
     weight_decay: float = 0.0
     beta1: float = 0.9

@@ -3,36 +3,27 @@
 Under FSDP2 parameters exist in full only inside the wrapped module's forward, so everything that touches them is in it.
 """
 
-# B sequences, T tokens, N loss tokens of a micro-batch, D student hidden, E teacher hidden, V vocabulary
+# B sequences, T tokens, N loss tokens of a micro-batch, D student hidden, E teacher hidden, K terms
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from compress.artifacts import fingerprint, open_tensors, save_tensors
 from compress.families import family_of_config
-from compress.models import OutputHead, output_head
+from compress.models import output_head
 from compress.objectives import distillation_loss
+from compress.objectives.chunked import DenseSignal, Signal, Targets, chunked_loss
+from compress.objectives.table import OBJECTIVES
+from compress.objectives.terms import Term
+from compress.parallel import ALONE, Ranks
 from compress.tokens import TokenBatch
-
-
-@dataclass
-class TeacherSignal:
-    """What the teacher says about a micro-batch's N loss tokens: hidden states to be put through its own head.
-
-    Handing over hidden states instead of logits is V / E times less memory and loses nothing.
-    """
-
-    hidden_NE: Tensor
-    head: OutputHead
 
 
 def trunk(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -72,78 +63,122 @@ def packed_masks(model: PreTrainedModel, position_ids_BT: Tensor) -> dict[str, A
     }
 
 
-class Teacher:
-    """The frozen model that is distilled from; not an nn.Module, so that it is in nobody's parameters or state."""
+class TeacherSource(Protocol):
+    """Who says what the student is trained towards."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def answers(self, batch: TokenBatch) -> bool:
+        """Whether there is a signal for this micro-batch; known without computing it."""
+        ...
 
-    @torch.no_grad()
-    def signal(self, batch: TokenBatch) -> TeacherSignal:
-        """The trunk's forward without the head; the head runs chunk by chunk inside the objective."""
-        return TeacherSignal(trunk(self.model, batch)[batch.loss_mask], output_head(self.model))
-
-
-class RecordedTeacher(Teacher):
-    """A teacher whose signals are kept in files, so that several students on the same micro-batches share one pass."""
-
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        super().__init__(model)
-        self.folder = folder
-
-    def signal(self, batch: TokenBatch) -> TeacherSignal:
-        """What `Teacher.signal` says, from the file of this very micro-batch where there is one."""
-        batch_key = fingerprint([getattr(batch, name).tolist() for name in ("input_ids", "position_ids", "loss_mask")])
-        path = self.folder / f"{batch_key}.safetensors"
-        if not path.exists():
-            save_tensors(path, {"hidden": super().signal(batch).hidden_NE})
-        return TeacherSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
+    def signal(self, batch: TokenBatch) -> Signal:
+        """What the teacher says at the micro-batch's loss tokens; None where it doesn't answer."""
+        ...
 
 
-def divergence(model: PreTrainedModel, batch: TokenBatch, signal: TeacherSignal, temperature: float = 1.0) -> Tensor:
+def divergence(model: PreTrainedModel, batch: TokenBatch, signal: DenseSignal) -> Tensor:
     """KL(teacher || model) in nats, summed over the micro-batch's loss tokens."""
-    head = output_head(model)
-    return distillation_loss(
-        trunk(model, batch)[batch.loss_mask],
-        head.weight_VD,
-        signal.hidden_NE,
-        signal.head.weight_VD,
-        temperature=temperature,
-        student_softcap=head.softcap,
-        teacher_softcap=signal.head.softcap,
-    )
+    hidden_ND = trunk(model, batch)[batch.loss_mask]
+    return distillation_loss(hidden_ND, output_head(model), signal.hidden_NE, signal.head)
+
+
+def targets_of(batch: TokenBatch) -> Targets:
+    """The next tokens at the loss tokens of a micro-batch, and which of them are neighbours."""
+    mask_BT = batch.loss_mask
+    return Targets(batch.input_ids.roll(-1, 1)[mask_BT], _paired(mask_BT)[mask_BT])
+
+
+def _paired(mask_BT: Tensor) -> Tensor:
+    """True at t when t + 1 is a loss token too: of the same document, since t's own target is t + 1."""
+    paired_BT = torch.zeros_like(mask_BT)
+    paired_BT[:, :-1] = mask_BT[:, :-1] & mask_BT[:, 1:]
+    return paired_BT
 
 
 class StudentModule(nn.Module):
-    """Trunk, head and objective in one forward, to be wrapped by `parallel.shard`."""
+    """Trunk, head and objectives in one forward, to be wrapped by `parallel.shard`."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.temperature = temperature
 
-    def forward(self, batch: TokenBatch, signal: TeacherSignal) -> Tensor:
-        return divergence(self.model, batch, signal, self.temperature)
+    def forward(
+        self, batch: TokenBatch, signal: Signal, terms: Sequence[Term], scales: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(the scaled sum to differentiate, each term's own sum (K,), the final hidden states (N, D), detached)."""
+        hidden_ND = trunk(self.model, batch)[batch.loss_mask]
+        loss, sums_K = chunked_loss(hidden_ND, output_head(self.model), signal, targets_of(batch), terms, scales)
+        return loss, sums_K, hidden_ND.detach()
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What one global batch said: the loss, each term's mean in its own unit, the loss tokens of all ranks."""
+
+    loss: float
+    terms: tuple[float, ...]
+    num_tokens: int
 
 
 def accumulate_gradients(
-    student: nn.Module, teacher: Teacher, micro_batches: Iterable[TokenBatch]
-) -> tuple[float, int]:
-    """Forward and backward over one global batch; returns (loss in nats per token, loss tokens).
+    student: nn.Module,
+    teacher: TeacherSource,
+    micro_batches: Iterable[TokenBatch],
+    terms: Sequence[Term],
+    ranks: Ranks = ALONE,
+    keep: list[Tensor] | None = None,
+) -> StepLoss:
+    """Forward and backward over one global batch, of which every rank is given its own micro-batches.
 
-    The loss is (sum over all loss tokens) / (count of all loss tokens of the window), counted before the first
-    backward: the gradient is the same for every split into micro-batches. A micro-batch without loss tokens adds
-    nothing; a window without any is the caller's to refuse.
+    A term's loss is (its sum over all its tokens) / (how many there are) over the whole window of all ranks, counted
+    before the first backward: the gradient is the same for every split into micro-batches, accumulation and ranks.
+    A micro-batch without loss tokens adds nothing, but takes part in every collective; so every rank must bring
+    equally many. A window without any loss token is the caller's to refuse.
+
+    Args:
+        terms: with the weights and temperatures of this step.
+        keep: the final hidden states (N, D) of each micro-batch are appended to it.
     """
     window = list(micro_batches)
-    count = sum(int(batch.loss_mask.sum()) for batch in window)
-    total = 0.0
+    counts_K = _counts(window, teacher, terms, ranks)
+    # FSDP2 averages gradients over the ranks, and the loss is a sum over them.
+    scales = [t.factor * ranks.size / count if count else 0.0 for t, count in zip(terms, counts_K, strict=True)]
+    sums_K = torch.zeros(len(terms), dtype=torch.float64)
     for index, batch in enumerate(window):
         last = index == len(window) - 1
         if hasattr(student, "set_requires_gradient_sync"):  # FSDP2: reduce once, after the last micro-batch
             student.set_requires_gradient_sync(last)  # type: ignore[operator]
             student.set_reshard_after_backward(last)  # type: ignore[operator]
-        loss = student(batch, teacher.signal(batch))
-        (loss / count).backward()
-        total += loss.item()
-    return total / count, count
+        signal = teacher.signal(batch)
+        said = [number for number, term in enumerate(terms) if signal is not None or _labels_only(term)]
+        loss, sums, hidden_ND = student(batch, signal, [terms[n] for n in said], [scales[n] for n in said])
+        loss.backward()
+        sums_K = sums_K.index_add(0, torch.tensor(said), sums.to("cpu", torch.float64))
+        if keep is not None:
+            keep.append(hidden_ND)
+    [sums_K] = ranks.sums([sums_K])
+    means = [total / count if count else 0.0 for total, count in zip(sums_K.tolist(), counts_K, strict=True)]
+    loss = sum(term.factor * mean for term, mean in zip(terms, means, strict=True))
+    return StepLoss(loss, tuple(means), int(_sum_over(ranks, sum(int(b.loss_mask.sum()) for b in window))))
+
+
+def _labels_only(term: Term) -> bool:
+    return OBJECTIVES[term.objective].labels_only
+
+
+def _counts(window: list[TokenBatch], teacher: TeacherSource, terms: Sequence[Term], ranks: Ranks) -> list[float]:
+    """Over what each term is a mean: the window's loss tokens, or pairs of them, where it says anything."""
+    counts_K = torch.zeros(len(terms), dtype=torch.float64)
+    for batch in window:
+        answered = teacher.answers(batch)
+        for number, term in enumerate(terms):
+            if answered or _labels_only(term):
+                pairs = OBJECTIVES[term.objective].pairs
+                counts_K[number] += int((_paired(batch.loss_mask) if pairs else batch.loss_mask).sum())
+    [counts_K] = ranks.sums([counts_K])
+    counts: list[float] = counts_K.tolist()
+    return counts
+
+
+def _sum_over(ranks: Ranks, value: float) -> float:
+    [total] = ranks.sums([torch.tensor([value], dtype=torch.float64)])
+    return float(total.item())

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compress.architecture import ModelInfo, config_layer_types, layer_of, renumber
 from compress.artifacts import open_tensors, save_tensors
 from compress.errors import ArtifactError
-from compress.models import decoder_layers
-from compress.objectives import soft_cap_
+from compress.models import decoder_layers, soft_cap_
 from compress.slicing import largest_layer_bytes
 from compress.step import packed_masks
 from compress.tokens import TokenBatch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from compress import checkpoint
 from compress.errors import ConfigError
+from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
+from compress.schedules import between
 from compress.settings import CompressConfig, DistillConfig, Optimizer
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 
@@ -33,6 +35,25 @@ def refuse_empty_windows(
             f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
             "(data.loss_on=all)"
         )
+
+
+def terms_at(settings: DistillConfig, progress: float) -> list[Term]:
+    """The loss's terms at `progress` within 0 and 1 of training, with the weights and temperatures of then."""
+    found = []
+    for term in settings.objectives:
+        options = {name: getattr(term, name) for name in OPTIONS if getattr(term, name) is not None}
+        weight, temperature = (
+            between(start, end, term.curve, progress, settings.decay_share)
+            for start, end in ((term.weight, term.weight_end), (term.temperature, term.temperature_end))
+        )
+        found.append(Term(str(term.objective), weight, temperature, term.squared, **options))
+    return found
+
+
+def term_names(terms: Sequence[Term]) -> list[str]:
+    """Their objectives, numbered where one comes twice."""
+    names = [term.objective for term in terms]
+    return [name if names.count(name) == 1 else f"{name}_{names[:n].count(name) + 1}" for n, name in enumerate(names)]
 
 
 def micro_batches(data: TokenSet, indices: np.ndarray, size: int) -> Iterator[TokenBatch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.models import OutputHead
 from compress.objectives import distillation_loss
+from compress.objectives.chunked import DenseSignal, Targets, chunked_loss
+from compress.objectives.table import OBJECTIVES
+from compress.objectives.terms import OPTIONS, Term
+from compress.settings import ObjectiveName
 
 
 def _case(tokens: int, vocabulary: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
@@ -73,7 +79,7 @@ def test_many_blocks_in_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache-sized blocks inside a chunk change nothing: here 2 rows a block, the last of them 1."""
     case = _case(9, 13)
     whole = distillation_loss(*case)
-    monkeypatch.setattr("compress.objectives._block_rows", lambda _: 2)
+    monkeypatch.setattr("compress.objectives.forward_kl.block_rows", lambda _: 2)
     blocks = distillation_loss(*case)
     torch.testing.assert_close(whole, blocks, rtol=1e-12, atol=0)
 
@@ -128,11 +134,212 @@ def test_bfloat16_inputs_keep_the_divergence_in_float32() -> None:
     assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
 
 
-def test_published_vector() -> None:
-    """KL(teacher || student) of the plain_divergences vector, at temperatures 1 and 3 (identity heads)."""
-    vector = json.loads((Path(__file__).parent / "golden" / "plain_divergences.json").read_text())
-    teacher, student = (torch.tensor(vector[k], dtype=torch.float64).reshape(-1, 8) for k in ("teacher", "student"))
-    eye = torch.eye(8, dtype=torch.float64)
-    for temperature, expected in vector["forward_kl_mean"].items():
-        loss = distillation_loss(student, eye, teacher, eye, temperature=float(temperature))
-        assert loss.item() / len(student) == pytest.approx(expected, rel=1e-9)
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "objectives.json").read_text())
+
+
+def _term(text: str) -> Term:
+    """A term from `bild k=4 temperature=3`."""
+    name, *options = text.split()
+    found = {key: float(value) if key != "k" else int(value) for key, value in (o.split("=") for o in options)}
+    return Term(name, **found)  # type: ignore[arg-type]
+
+
+def _of_logits(
+    student_NV: Tensor, teacher_NV: Tensor | None, terms: list[Term], labels_N: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`chunked_loss` on logits as they are: hidden states through the identity."""
+    count, vocabulary = student_NV.shape
+    head = OutputHead(torch.eye(vocabulary, dtype=student_NV.dtype))
+    labels_N = torch.zeros(count, dtype=torch.int64) if labels_N is None else labels_N
+    paired_N = options.pop("paired_N", torch.ones(count, dtype=torch.bool))
+    signal = None if teacher_NV is None else DenseSignal(teacher_NV, head)
+    return chunked_loss(student_NV, head, signal, Targets(labels_N, paired_N), terms, **options)
+
+
+@pytest.mark.parametrize("text", GOLDEN["per_token"])
+def test_golden_numbers(text: str) -> None:
+    """What numpy makes of the papers' formulas, token by token: tests/golden/regenerate.py."""
+    student, teacher = (torch.tensor(GOLDEN[key], dtype=torch.float64) for key in ("student", "teacher"))
+    labels = torch.tensor(GOLDEN["labels"])
+    for row, expected in enumerate(GOLDEN["per_token"][text]):
+        here = slice(row, row + 1)
+        loss, _ = _of_logits(student[here], teacher[here], [_term(text)], labels[here])
+        assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_golden_span() -> None:
+    student, teacher = (torch.tensor(GOLDEN[key], dtype=torch.float64) for key in ("student", "teacher"))
+    loss, _ = _of_logits(student, teacher, [Term("span_relation")])
+    assert loss.item() == pytest.approx(GOLDEN["span_relation"], rel=1e-9)
+
+
+def _naive(term: Term, student: Tensor, teacher: Tensor, labels: Tensor, paired: Tensor) -> Tensor:
+    """The objective's formula in plain torch, summed over tokens, for autograd to differentiate."""
+    z, t = student / term.temperature, teacher / term.temperature
+    p, q = t.softmax(-1), z.softmax(-1)
+
+    def kl(one: Tensor, other: Tensor) -> Tensor:
+        return (one * (one.log() - other.log())).sum(-1)
+
+    if term.objective == "forward_kl":
+        return kl(p, q).sum()
+    if term.objective == "reverse_kl":
+        return kl(q, p).sum()
+    if term.objective == "jensen_shannon":
+        m = term.beta * p + (1 - term.beta) * q
+        return (term.beta * kl(p, m) + (1 - term.beta) * kl(q, m)).sum()
+    if term.objective == "skew_kl":
+        return kl(p, term.skew * p + (1 - term.skew) * q).sum()
+    if term.objective == "skew_reverse_kl":
+        return kl(q, (1 - term.skew) * p + term.skew * q).sum()
+    if term.objective == "total_variation":
+        return (p - q).abs().sum() / 2
+    if term.objective == "adaptive_kl":
+        ordered, order = p.sort(-1, descending=True)
+        head = ordered.cumsum(-1) <= term.head_mass
+        head[:, 0] = True
+        gap = (p - q).abs().detach().gather(-1, order)
+        share = (gap * head).sum(-1) / gap.sum(-1)
+        return (share * kl(p, q) + (1 - share) * kl(q, p)).sum()
+    if term.objective == "top_k_kl":
+        ids = t.topk(term.k).indices
+        whole = [x.gather(-1, ids) for x in (p, q)]
+        one, other = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in whole)
+        return kl(one, other).sum()
+    if term.objective == "bild":
+        total = torch.zeros((), dtype=z.dtype)
+        for leader in (t, z.detach()):
+            ids = leader.topk(term.k).indices
+            ours, theirs = z.gather(-1, ids), t.gather(-1, ids)
+            pairs = [(i, j) for i in range(term.k) for j in range(i + 1, term.k)]
+            differences = [torch.stack([x[:, i] - x[:, j] for i, j in pairs], -1).softmax(-1) for x in (theirs, ours)]
+            total = total + kl(*differences).sum()
+        return total
+    if term.objective == "dac_kl":
+        low, high = (torch.quantile(p, x, dim=-1, keepdim=True) for x in (term.lower_quantile, term.upper_quantile))
+        kept = (p >= low) & (p <= high) | (p == p.amax(-1, keepdim=True))
+        one, other = (x.masked_fill(~kept, -1e30).softmax(-1) for x in (t, z))
+        return torch.where(kept, one * (one.clamp_min(1e-300).log() - other.clamp_min(1e-300).log()), 0).sum()
+    if term.objective == "span_relation":
+        error = p[:-1] * p[1:] - q[:-1] * q[1:]
+        return (error.square().sum(-1) * paired[:-1]).sum()
+    if term.objective == "cross_entropy":
+        return F.cross_entropy(z, labels, reduction="sum")
+    assert term.objective == "label_smoothing", term.objective
+    target = (1 - term.smoothing) * F.one_hot(labels, z.shape[-1]).to(z.dtype) + term.smoothing * p
+    return -(target * q.log()).sum()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(9, 40), st.integers(1, 50), st.sampled_from([0.7, 1.0, 3.0]), st.integers(0, 99))
+def test_every_objective_is_its_formula_and_gradient_for_every_chunk(
+    name: str, tokens: int, vocabulary: int, chunk: int, temperature: float, seed: int
+) -> None:
+    """Value and both gradients, through bias, scale and soft cap, against autograd on whole logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = (x.requires_grad_() for x in (make(tokens, 7), make(vocabulary, 7), make(vocabulary)))
+    teacher_hidden, teacher_head = make(tokens, 5), OutputHead(make(vocabulary, 5), 20.0, make(vocabulary), 0.5)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    paired = torch.rand(tokens, generator=generator) < 0.7
+    term = Term(name, temperature=temperature, k=5, lower_quantile=0.3, upper_quantile=0.9, beta=0.3, smoothing=0.4)
+    head = OutputHead(weight, 15.0, bias, 0.8)
+    loss, sums = chunked_loss(
+        hidden, head, DenseSignal(teacher_hidden, teacher_head), Targets(labels, paired), [term], [0.37],
+        chunk_tokens=chunk,
+    )  # fmt: skip
+    logits = 15 * torch.tanh((hidden @ weight.T + bias) * 0.8 / 15)
+    teacher = 20 * torch.tanh((teacher_hidden @ teacher_head.weight_VD.T + teacher_head.bias_V) * 0.5 / 20)
+    expected = _naive(term, logits, teacher, labels, paired)
+    torch.testing.assert_close(sums[0], expected, rtol=1e-8, atol=1e-10)
+    inputs = [hidden, weight, bias]
+    theirs = torch.autograd.grad(0.37 * expected, inputs, allow_unused=True)
+    for mine, other in zip(torch.autograd.grad(loss, inputs), theirs, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-7, atol=1e-10)
+
+
+def test_a_sum_of_terms_is_their_weighted_sum() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(30, 40, dtype=torch.float64, requires_grad=True), torch.randn(30, 40).double()
+    labels = torch.randint(0, 40, (30,))
+    terms = [Term(name, temperature=1 + n % 3, k=5) for n, name in enumerate(OBJECTIVES)]
+    scales = [0.5 + n for n in range(len(terms))]
+    whole, sums = _of_logits(student, teacher, terms, labels, scales=scales, chunk_tokens=7)
+    [gradient] = torch.autograd.grad(whole, [student])
+    expected = torch.zeros_like(gradient)
+    for number, (term, scale) in enumerate(zip(terms, scales, strict=True)):
+        alone, _ = _of_logits(student, teacher, [term], labels, scales=[scale])
+        assert sums[number].item() == pytest.approx(alone.item() / scale, rel=1e-10)
+        expected += torch.autograd.grad(alone, [student])[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if not objective.labels_only])
+def test_a_divergence_of_a_model_from_itself_is_zero(name: str) -> None:
+    """And so is its gradient; label smoothing is 0 in its gradient alone, and only where the label doesn't count."""
+    logits = torch.randn(20, 30, dtype=torch.float64, requires_grad=True)
+    loss, _ = _of_logits(logits, logits.detach(), [Term(name, smoothing=1.0)])
+    if name != "label_smoothing":
+        assert abs(loss.item()) < 1e-12
+    assert torch.autograd.grad(loss, [logits])[0].abs().max() < 1e-12
+
+
+def test_limits_lead_to_each_other() -> None:
+    torch.manual_seed(1)
+    student, teacher = torch.randn(20, 30).double(), torch.randn(20, 30).double()
+
+    def value(name: str, **options: Any) -> float:
+        return float(_of_logits(student, teacher, [Term(name, **options)])[0].item())
+
+    forward = value("forward_kl")
+    assert value("skew_kl", skew=0.0) == pytest.approx(forward, rel=1e-12)
+    assert value("skew_kl", skew=1.0) == pytest.approx(0, abs=1e-12)
+    assert value("dac_kl") == pytest.approx(forward, rel=1e-12)
+    assert value("top_k_kl", k=30) == pytest.approx(forward, rel=1e-9)
+    assert value("skew_reverse_kl", skew=0.0) == pytest.approx(value("reverse_kl"), rel=1e-12)
+    assert value("label_smoothing", smoothing=0.0) == pytest.approx(value("cross_entropy"), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_shift_of_the_logits_changes_nothing(name: str) -> None:
+    torch.manual_seed(2)
+    student, teacher = torch.randn(10, 30).double(), torch.randn(10, 30).double()
+    term = [Term(name)]
+    shifted, _ = _of_logits(student + 5, teacher - 3, term)
+    torch.testing.assert_close(shifted, _of_logits(student, teacher, term)[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_far_apart_stays_finite_in_float32(name: str) -> None:
+    """Probabilities that underflow, on either side: value and gradient are numbers."""
+    student = torch.zeros(4, 50).index_fill_(1, torch.tensor([3]), 200.0).requires_grad_()
+    teacher = torch.zeros(4, 50).index_fill_(1, torch.tensor([7]), 200.0)
+    loss, _ = _of_logits(student, teacher, [Term(name)])
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, [student])[0].isfinite().all()
+
+
+def test_ties_are_taken_by_id() -> None:
+    """bfloat16 heads give equal logits; which comes first decides the sign of BiLD's differences."""
+    teacher = torch.tensor([[2.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    student = torch.tensor([[1.5, 0.2, 0.9, -0.3]], dtype=torch.float64)
+    loss, _ = _of_logits(student, teacher, [Term("bild", k=3, temperature=3.0)])
+    assert loss.item() == pytest.approx(GOLDEN["tie"], rel=1e-9)
+
+
+def test_no_tokens_is_zero_with_zero_gradients_for_every_objective() -> None:
+    student = torch.randn(0, 30, requires_grad=True)
+    loss, sums = _of_logits(student, torch.randn(0, 30), [Term(name) for name in OBJECTIVES])
+    assert loss.item() == 0
+    assert not sums.any()
+    loss.backward()
+
+
+def test_the_settings_name_every_objective() -> None:
+    assert [str(name) for name in ObjectiveName] == list(OBJECTIVES)
+    for objective in OBJECTIVES.values():
+        assert set(objective.options) <= set(OPTIONS)

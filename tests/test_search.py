@@ -27,7 +27,7 @@ from compress.metrics import language_modelling
 from compress.models import load_model
 from compress.search import Round
 from compress.shapes import Candidate
-from compress.step import RecordedTeacher, Teacher
+from compress.teacher import RecordedTeacher, Teacher
 from compress.tokens import TokenSet
 
 Spawn = Callable[..., "subprocess.Popen[str]"]

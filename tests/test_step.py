@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.objectives.terms import Term
 from compress.parallel import shard, single_process_mesh
-from compress.step import StudentModule, Teacher, accumulate_gradients
+from compress.step import StudentModule, accumulate_gradients
+from compress.teacher import Teacher
 from compress.tokens import TokenBatch
 
 SIZES = {"vocab_size": 61, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
@@ -42,13 +44,12 @@ def _gradients(tied: bool, size: int, dtype: torch.dtype) -> tuple[float, dict[s
     batch = _batch()
     with single_process_mesh() as mesh:
         teacher = Teacher(_model(32, 3, seed=1, tied=tied).to(dtype))
-        student = StudentModule(_model(16, 2, seed=2, tied=tied), temperature=1.0)
+        student = StudentModule(_model(16, 2, seed=2, tied=tied))
         shard(student, student.model.model.layers, mesh, dtype)
-        loss, count = accumulate_gradients(
-            student, teacher, [_part(batch, slice(i, i + size)) for i in range(0, 8, size)]
-        )
-        assert count == int(batch.loss_mask.sum())
-        return loss, {n: p.grad.full_tensor().clone() for n, p in student.named_parameters()}
+        parts = [_part(batch, slice(i, i + size)) for i in range(0, 8, size)]
+        found = accumulate_gradients(student, teacher, parts, [Term("forward_kl")])
+        assert found.num_tokens == int(batch.loss_mask.sum())
+        return found.loss, {n: p.grad.full_tensor().clone() for n, p in student.named_parameters()}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,9 +87,9 @@ def test_gradient_equals_the_textbook_on_a_plain_model() -> None:
 
 
 def test_the_teacher_gets_no_gradient_and_no_state() -> None:
-    student = StudentModule(_model(16, 2, seed=2, tied=True), temperature=1.0)
+    student = StudentModule(_model(16, 2, seed=2, tied=True))
     teacher = Teacher(_model(32, 3, seed=1, tied=True))
-    accumulate_gradients(student, teacher, [_batch()])
+    accumulate_gradients(student, teacher, [_batch()], [Term("forward_kl")])
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
     assert {n for n, _ in student.named_parameters()} == {f"model.{n}" for n, _ in student.model.named_parameters()}

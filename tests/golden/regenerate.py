@@ -1,24 +1,116 @@
-"""Writes plain_divergences.json by numpy in float64, not by the package: python tests/golden/regenerate.py"""
+"""Writes objectives.json by numpy in float64, not by the package: python tests/golden/regenerate.py
+
+Two tokens, eight ids. Each value is computed token by token from the formulas of the papers.
+"""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 TEACHER = [[4.0, 2.5, 1.0, 0.5, 0.0, -0.5, -1.5, -3.0], [0.2, 3.1, -0.7, 2.9, 0.4, -2.0, 1.6, -1.1]]
 STUDENT = [[2.0, 2.6, 0.3, 1.1, -0.4, 0.2, -1.0, -2.5], [0.9, 1.8, 0.1, 2.2, -0.3, -1.2, 2.0, -0.6]]
+PREVIOUS = [[1.5, 2.2, 0.1, 0.9, -0.2, 0.0, -0.8, -2.0], [0.6, 1.1, 0.3, 1.9, -0.1, -0.9, 1.4, -0.2]]
+LABELS = [0, 3]
 
 
-def forward_kl_mean(temperature: float) -> float:
-    p, q = (np.exp(np.array(z) / temperature) for z in (TEACHER, STUDENT))
-    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    return float((p * np.log(p / q)).sum(-1).mean())
+def softmax(logits, temperature=1.0):
+    p = np.exp(np.array(logits) / temperature)
+    return p / p.sum(-1, keepdims=True)
+
+
+def kl(p, q):
+    return float((p * np.log(p / q)).sum())
+
+
+def per_token(function, temperature=1.0):
+    rows = zip(softmax(TEACHER, temperature), softmax(STUDENT, temperature), LABELS, strict=True)
+    return [function(p, q, label) for p, q, label in rows]
+
+
+def jensen_shannon(p, q, beta):
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def adaptive(p, q, head_mass=0.5):
+    order = np.argsort(-p, kind="stable")
+    head, mass = [], 0.0
+    for place in order:
+        if head and mass + p[place] > head_mass:
+            break
+        head.append(place)
+        mass += p[place]
+    gap = np.abs(p - q)
+    share = gap[head].sum() / gap.sum()
+    return share * kl(p, q) + (1 - share) * kl(q, p)
+
+
+def bucketed(p, q, k):
+    top = np.argsort(-p, kind="stable")[:k]
+    return kl(np.append(p[top], 1 - p[top].sum()), np.append(q[top], 1 - q[top].sum()))
+
+
+def bild(teacher, student, k, temperature):
+    total = 0.0
+    for leader in (teacher, student):
+        pairs = list(combinations(np.argsort(-leader, kind="stable")[:k], 2))
+        differences = [np.array([(z[i] - z[j]) / temperature for i, j in pairs]) for z in (teacher, student)]
+        total += kl(*(softmax(d) for d in differences))
+    return total
+
+
+def dac(p, q, low, high):
+    limits = np.quantile(p, [low, high])
+    kept = (p >= limits[0]) & (p <= limits[1])
+    kept[p.argmax()] = True
+    return kl(p[kept] / p[kept].sum(), q[kept] / q[kept].sum())
+
+
+def entropy_weight(p):
+    return float(-(p * np.log(p)).sum() / np.log(len(p)))
 
 
 if __name__ == "__main__":
+    teacher, student = np.array(TEACHER), np.array(STUDENT)
+    p, q, previous = softmax(TEACHER), softmax(STUDENT), softmax(PREVIOUS, 3.0)
+    span = ((p[0] * p[1] - q[0] * q[1]) ** 2).sum()
     values = {
         "teacher": TEACHER,
         "student": STUDENT,
-        "forward_kl_mean": {str(t): forward_kl_mean(t) for t in (1.0, 3.0)},
+        "previous": PREVIOUS,
+        "labels": LABELS,
+        "per_token": {
+            "forward_kl": per_token(lambda p, q, _: kl(p, q)),
+            "forward_kl temperature=3": per_token(lambda p, q, _: kl(p, q), 3.0),
+            "reverse_kl": per_token(lambda p, q, _: kl(q, p)),
+            "reverse_kl temperature=3": per_token(lambda p, q, _: kl(q, p), 3.0),
+            "jensen_shannon": per_token(lambda p, q, _: jensen_shannon(p, q, 0.5)),
+            "jensen_shannon beta=0.9": per_token(lambda p, q, _: jensen_shannon(p, q, 0.9)),
+            "skew_kl": per_token(lambda p, q, _: kl(p, 0.1 * p + 0.9 * q)),
+            "skew_kl skew=0.3": per_token(lambda p, q, _: kl(p, 0.3 * p + 0.7 * q)),
+            "skew_reverse_kl": per_token(lambda p, q, _: kl(q, 0.9 * p + 0.1 * q)),
+            "skew_reverse_kl skew=0.3": per_token(lambda p, q, _: kl(q, 0.7 * p + 0.3 * q)),
+            "total_variation": per_token(lambda p, q, _: float(np.abs(p - q).sum() / 2)),
+            "adaptive_kl": per_token(lambda p, q, _: adaptive(p, q)),
+            "top_k_kl k=4": per_token(lambda p, q, _: bucketed(p, q, 4)),
+            "bild k=3 temperature=3": [bild(t, s, 3, 3.0) for t, s in zip(teacher, student, strict=True)],
+            "bild k=4 temperature=3": [bild(t, s, 4, 3.0) for t, s in zip(teacher, student, strict=True)],
+            "bild k=8 temperature=3": [bild(t, s, 8, 3.0) for t, s in zip(teacher, student, strict=True)],
+            "bild k=4": [bild(t, s, 4, 1.0) for t, s in zip(teacher, student, strict=True)],
+            "dac_kl lower_quantile=0.5": per_token(lambda p, q, _: dac(p, q, 0.5, 1.0)),
+            "cross_entropy": per_token(lambda _, q, label: float(-np.log(q[label]))),
+            "label_smoothing smoothing=0.3": per_token(
+                lambda p, q, label: float(-0.7 * np.log(q[label]) - 0.3 * (p * np.log(q)).sum())
+            ),
+        },
+        "span_relation": float(span),
+        "tie": bild(np.array([2.0, 1.0, 1.0, 0.0]), np.array([1.5, 0.2, 0.9, -0.3]), 3, 3.0),
+        "previous_self": {
+            "kl temperature=3": [kl(a, b) for a, b in zip(previous, softmax(STUDENT, 3.0), strict=True)],
+            "entropy_weight": [entropy_weight(row) for row in q],
+            "entropy_weight of the previous": [entropy_weight(row) for row in softmax(PREVIOUS)],
+        },
     }
-    Path(__file__).with_name("plain_divergences.json").write_text(json.dumps(values, indent=1) + "\n")
+    Path(__file__).with_name("objectives.json").write_text(json.dumps(values, indent=1) + "\n")

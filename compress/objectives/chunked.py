@@ -1,0 +1,236 @@
+"""The output head and the objectives in chunks of tokens, the gradient formed in the forward.
+
+The full tokens-by-vocabulary matrix never exists: each chunk's logits are turned into their gradient on hidden states
+and head while they are at hand, and nothing of vocabulary size but the head's gradient is kept for the backward.
+"""
+
+# N loss tokens, C tokens of a chunk, R rows of a block, V vocabulary, D student hidden, E teacher hidden, K terms
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.models import OutputHead, logits_of
+from compress.objectives.forward_kl import block_rows, forward_kl_
+from compress.objectives.table import OBJECTIVES
+from compress.objectives.terms import Rows, SparseRows, Term
+
+_BLOCKS = 8  # of the elementwise blocks of forward KL alone: several results at a time
+CHUNK_BYTES = 192 << 20  # of the student's and the teacher's logits together
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """A teacher's final hidden states (N, E) at the loss tokens, to be put through its own head chunk by chunk.
+
+    Handing over hidden states instead of logits is V / E times less memory and loses nothing.
+    """
+
+    hidden_NE: Tensor
+    head: OutputHead
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """What a cache holds of N loss tokens: see `terms.SparseRows`. kind: "sample" (unbiased) or "top_k"."""
+
+    kind: str
+    ids_NK: Tensor
+    probabilities_NK: Tensor
+    entropy_N: Tensor
+
+
+Signal = DenseSignal | SparseSignal | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the text says at N loss tokens: the next token's id, and whether the loss token after is the next one of
+    the same document (the pairs of `span_relation`)."""
+
+    labels_N: Tensor
+    paired_N: Tensor
+
+
+def _blockwise_(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    sparse: SparseSignal | None,
+    targets: Targets,
+    terms: Sequence[Term],
+    scales: Sequence[float],
+    own: int,
+    carry_V: Tensor | None,
+    sums_K: Tensor,
+) -> Tensor | None:
+    """Add each term's loss to sums_K and overwrite student_CV's first `own` rows by the scaled gradient.
+
+    A pair's second token may lie in the next block or chunk: what it owes that row is handed on as carry_V.
+    """
+    dtype = torch.promote_types(student_CV.dtype, torch.float32)
+    step = _BLOCKS * block_rows(student_CV)
+    paired = any(OBJECTIVES[term.objective].pairs for term in terms)
+    for start in range(0, own, step):
+        stop = min(start + step, own)
+        ahead = min(stop + 1, len(student_CV)) if paired else stop
+        slope_RV = torch.zeros(ahead - start, student_CV.shape[1], dtype=dtype, device=student_CV.device)
+        if carry_V is not None:
+            slope_RV[0] += carry_V
+        made: dict[tuple[float, int], Rows] = {}
+        for number, (term, scale) in enumerate(zip(terms, scales, strict=True)):
+            objective = OBJECTIVES[term.objective]
+            last = ahead if objective.pairs else stop
+            rows = made.get((term.temperature, last))
+            if rows is None:
+                rows = _rows(student_CV, teacher_CV, targets, slice(start, last), term.temperature)
+                made[term.temperature, last] = rows
+            if sparse is None or objective.labels_only:
+                loss_R, term_RV = objective.function(rows, term)
+            else:
+                loss_R, term_RV = objective.sparse[sparse.kind](_sparse_rows(rows, sparse, slice(start, last)), term)
+            sums_K[number] += loss_R.sum()
+            slope_RV[: last - start].add_(term_RV, alpha=scale / term.temperature)
+        student_CV[start:stop] = slope_RV[: stop - start]
+        carry_V = slope_RV[stop - start] if ahead > stop else None
+    return carry_V
+
+
+def _rows(student_CV: Tensor, teacher_CV: Tensor | None, targets: Targets, block: slice, temperature: float) -> Rows:
+    dtype = torch.promote_types(student_CV.dtype, torch.float32)
+    logits = [None if x is None else x[block].to(dtype) / temperature for x in (student_CV, teacher_CV)]
+    assert logits[0] is not None
+    return Rows(logits[0], logits[1], targets.labels_N[block], targets.paired_N[block])
+
+
+def _sparse_rows(rows: Rows, sparse: SparseSignal, block: slice) -> SparseRows:
+    dtype = rows.student_RV.dtype
+    probabilities_RK, entropy_R = sparse.probabilities_NK[block].to(dtype), sparse.entropy_N[block].to(dtype)
+    return SparseRows(rows.log_q_RV, sparse.ids_NK[block], probabilities_RK, entropy_R)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(sum of scale * loss over terms, each term's own sum) and the gradient of the first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: OutputHead,
+        signal: Signal,
+        targets: Targets,
+        terms: Sequence[Term],
+        scales: Sequence[float],
+        size: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(student_ND.dtype, torch.float32)
+        head = OutputHead(weight_VD, head.softcap, bias_V, head.scale)
+        sums_K = torch.zeros(len(terms), dtype=dtype, device=student_ND.device)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_ND = torch.zeros_like(student_ND) if need_hidden else None
+        grad_VD: Tensor | None = None
+        grad_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
+        simple = [term.objective for term in terms] == ["forward_kl"] and isinstance(signal, DenseSignal)
+        carry_V: Tensor | None = None
+        need = any(ctx.needs_input_grad)
+        for start in range(0, len(student_ND), size):
+            own = min(size, len(student_ND) - start)
+            paired = any(OBJECTIVES[term.objective].pairs for term in terms)
+            chunk = slice(start, min(start + own + paired, len(student_ND)))
+            student_CV = logits_of(student_ND[chunk], head)
+            slope_CV = None if head.softcap is None else 1 - (student_CV[:own] / head.softcap).square_()
+            part = Targets(targets.labels_N[chunk], targets.paired_N[chunk])
+            teacher_CV = logits_of(signal.hidden_NE[chunk], signal.head) if isinstance(signal, DenseSignal) else None
+            if simple:
+                assert teacher_CV is not None
+                loss_C = forward_kl_(student_CV, teacher_CV, terms[0].temperature, scales[0] if need else None)
+                sums_K[0] += loss_C.sum()
+            else:
+                sparse = None
+                if isinstance(signal, SparseSignal):
+                    rows = (signal.ids_NK[chunk], signal.probabilities_NK[chunk], signal.entropy_N[chunk])
+                    sparse = SparseSignal(signal.kind, *rows)
+                carry_V = _blockwise_(student_CV, teacher_CV, sparse, part, terms, scales, own, carry_V, sums_K)
+            del teacher_CV
+            gradient_CV = student_CV[:own]
+            if slope_CV is not None:
+                gradient_CV *= slope_CV
+            if head.scale != 1:
+                gradient_CV *= head.scale
+            if grad_ND is not None:
+                torch.mm(gradient_CV, weight_VD, out=grad_ND[start : start + own])
+            if need_weight:
+                grad_VD = _plus_product(grad_VD, gradient_CV, student_ND[start : start + own])
+            if grad_V is not None:
+                grad_V += gradient_CV.sum(0, dtype=dtype)
+        if need_weight:
+            grad_VD = torch.zeros_like(weight_VD) if grad_VD is None else grad_VD.to(weight_VD.dtype)
+        ctx.grads = grad_ND, grad_VD, None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
+        total = sums_K @ torch.tensor(scales, dtype=dtype, device=sums_K.device)
+        ctx.mark_non_differentiable(sums_K)
+        return total, sums_K
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.grads is None:
+            raise RuntimeError("a chunked loss can't be differentiated a second time: call it again")
+        grads = ctx.grads
+        ctx.grads = None  # scaled in place below
+        scale = grad.item() if grad.device.type == "cpu" else grad
+        if grad.device.type == "cpu" and scale == 1:
+            return *grads, *[None] * 6
+        return *[None if one is None else one.mul_(scale) for one in grads], *[None] * 6
+
+
+def _plus_product(sum_VD: Tensor | None, gradient_CV: Tensor, hidden_CD: Tensor) -> Tensor:
+    """sum + gradient.T @ hidden; a single chunk's product is the sum, several are added in float32."""
+    if sum_VD is None:
+        return gradient_CV.T @ hidden_CD
+    sum_VD = sum_VD.to(torch.promote_types(sum_VD.dtype, torch.float32))
+    if gradient_CV.dtype == sum_VD.dtype:
+        return sum_VD.addmm_(gradient_CV.T, hidden_CD)
+    return sum_VD.add_(gradient_CV.T @ hidden_CD)
+
+
+def chunked_loss(
+    student_ND: Tensor,
+    head: OutputHead,
+    signal: Signal,
+    targets: Targets,
+    terms: Sequence[Term],
+    scales: Sequence[float] | None = None,
+    *,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A sum of objectives at N loss tokens, without ever holding N rows of logits.
+
+    Args:
+        student_ND: final hidden states at the loss tokens only, after the last norm.
+        head: the student's; when its weight is tied, the gradient adds to the embedding's. It is respected whole: bias,
+            logit scale and soft cap.
+        signal: the teacher; None where every term is of labels only.
+        terms: at least one; every one must take this kind of signal (`table.check_terms`).
+        scales: what each term's sum is multiplied by, its factor over a global count; None: 1 for each.
+        chunk_tokens: tokens per product; None: what CHUNK_BYTES of both models' logits hold.
+
+    Returns:
+        (sum over terms of scale * sum, to be differentiated; each term's sum over tokens (K,), in nats or its own
+        unit), float32 or float64. With N = 0 they are 0 and the gradients zeros, so that a micro-batch without loss
+        tokens still takes part in every collective.
+    """
+    size = chunk_tokens or tokens_per_chunk(len(head.weight_VD), student_ND.element_size())
+    scales = [1.0] * len(terms) if scales is None else list(scales)
+    result: tuple[Tensor, Tensor] = _ChunkedLoss.apply(
+        student_ND, head.weight_VD, head.bias_V, head, signal, targets, list(terms), scales, size
+    )
+    return result
+
+
+def tokens_per_chunk(vocabulary: int, element_bytes: int) -> int:
+    return max(1, CHUNK_BYTES // (2 * vocabulary * element_bytes))

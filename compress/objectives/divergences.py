@@ -1,0 +1,107 @@
+"""Divergences between teacher p and student q over the whole vocabulary, and their gradients in closed form.
+
+Each takes `Rows` and a `Term` and gives (loss per token (R,) in nats, its gradient on the student's logits over the
+temperature (R, V)). Everything stays in log space where a probability may underflow.
+"""
+
+# R tokens, V vocabulary; p teacher, q student, m a mixture of the two
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from compress.objectives.terms import Rows, Term, through_softmax, times_log_ratio
+
+Result = tuple[Tensor, Tensor]
+
+
+def forward_kl(rows: Rows, _term: Term) -> Result:
+    """KL(p || q), Minitron's whole retraining loss (arXiv 2407.14679, section 4.1, practice 5)."""
+    return times_log_ratio(rows.p_RV, rows.log_p_RV, rows.log_q_RV).sum(-1), rows.q_RV - rows.p_RV
+
+
+def reverse_kl(rows: Rows, _term: Term) -> Result:
+    """KL(q || p); MiniLLM's exact single-step term (arXiv 2306.08543). Infinite where the teacher bans a token."""
+    ratio_RV = rows.log_q_RV - rows.log_p_RV
+    loss_R = times_log_ratio(rows.q_RV, rows.log_q_RV, rows.log_p_RV).sum(-1)
+    return loss_R, rows.q_RV * (ratio_RV - loss_R[:, None])
+
+
+def jensen_shannon(rows: Rows, term: Term) -> Result:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, section 3)."""
+    log_m_RV = _log_mixture(rows.log_p_RV, rows.log_q_RV, term.beta)
+    teacher_R = times_log_ratio(rows.p_RV, rows.log_p_RV, log_m_RV).sum(-1)
+    student_R = times_log_ratio(rows.q_RV, rows.log_q_RV, log_m_RV).sum(-1)
+    loss_R = term.beta * teacher_R + (1 - term.beta) * student_R
+    slope_RV = (1 - term.beta) * (rows.log_q_RV - log_m_RV)  # what the mixture's own change adds is a constant
+    return loss_R, through_softmax(slope_RV, rows.q_RV)
+
+
+def skew_kl(rows: Rows, term: Term) -> Result:
+    """KL(p || skew p + (1 - skew) q) (DistiLLM, arXiv 2402.03898, section 3.1)."""
+    log_m_RV = _log_mixture(rows.log_p_RV, rows.log_q_RV, term.skew)
+    loss_R = times_log_ratio(rows.p_RV, rows.log_p_RV, log_m_RV).sum(-1)
+    share_RV = (1 - term.skew) * (rows.log_p_RV + rows.log_q_RV - log_m_RV).exp()
+    return loss_R, rows.q_RV * share_RV.sum(-1, keepdim=True) - share_RV
+
+
+def skew_reverse_kl(rows: Rows, term: Term) -> Result:
+    """KL(q || (1 - skew) p + skew q) (DistiLLM, section 3.1)."""
+    log_m_RV = _log_mixture(rows.log_q_RV, rows.log_p_RV, term.skew)
+    ratio_RV = rows.log_q_RV - log_m_RV
+    loss_R = times_log_ratio(rows.q_RV, rows.log_q_RV, log_m_RV).sum(-1)
+    return loss_R, through_softmax(ratio_RV - term.skew * ratio_RV.exp(), rows.q_RV)
+
+
+def total_variation(rows: Rows, _term: Term) -> Result:
+    """sum |p - q| / 2."""
+    difference_RV = rows.q_RV - rows.p_RV
+    return difference_RV.abs().sum(-1) / 2, through_softmax(difference_RV.sign() / 2, rows.q_RV)
+
+
+def adaptive_kl(rows: Rows, term: Term) -> Result:
+    """Forward and reverse KL, weighted by how far p and q are apart in p's head and in its tail.
+
+    The head is the fewest of p's largest tokens that hold head_mass of it, always one at least; the weights carry no
+    gradient (Wu et al., arXiv 2404.02657, section 4).
+    """
+    sorted_RV, order_RV = rows.p_RV.sort(dim=-1, descending=True, stable=True)
+    tail_RV = sorted_RV.cumsum(-1) > term.head_mass
+    tail_RV[:, 0] = False
+    gap_RV = (rows.p_RV - rows.q_RV).abs().gather(-1, order_RV)
+    gap_R, tail_R = gap_RV.sum(-1), (gap_RV * tail_RV).sum(-1)
+    reverse_R1 = torch.where(gap_R > 0, tail_R / gap_R, 0.0)[:, None]
+    (forward_R, forward_RV), (backward_R, backward_RV) = forward_kl(rows, term), reverse_kl(rows, term)
+    share_R = reverse_R1[:, 0]
+    return (
+        (1 - share_R) * forward_R + share_R * backward_R,
+        (1 - reverse_R1) * forward_RV + reverse_R1 * backward_RV,
+    )
+
+
+def cross_entropy(rows: Rows, _term: Term) -> Result:
+    """-log q of the text's next token."""
+    labels_R1 = rows.labels_R[:, None]
+    slope_RV = rows.q_RV.clone()
+    slope_RV.scatter_add_(-1, labels_R1, torch.full_like(slope_RV[:, :1], -1))
+    return -rows.log_q_RV.gather(-1, labels_R1)[:, 0], slope_RV
+
+
+def label_smoothing(rows: Rows, term: Term) -> Result:
+    """Cross-entropy against (1 - smoothing) next token + smoothing p: the teacher smooths the label."""
+    labels_R, labels_RV = cross_entropy(rows, term)
+    soft_R = -torch.where(rows.p_RV > 0, rows.p_RV * rows.log_q_RV, 0).sum(-1)
+    share = term.smoothing
+    return (1 - share) * labels_R + share * soft_R, (1 - share) * labels_RV + share * (rows.q_RV - rows.p_RV)
+
+
+def _log_mixture(log_one_RV: Tensor, log_other_RV: Tensor, share: float) -> Tensor:
+    """log(share * one + (1 - share) * other), exact at both ends."""
+    if share == 0:
+        return log_other_RV
+    if share == 1:
+        return log_one_RV
+    return torch.logaddexp(log_one_RV + math.log(share), log_other_RV + math.log1p(-share))
