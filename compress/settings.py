@@ -95,6 +95,8 @@ class ObjectiveName(StrEnum):
     bild = "bild"
     dac_kl = "dac_kl"
     span_relation = "span_relation"
+    uncertainty_kl = "uncertainty_kl"
+    dynamic_kl = "dynamic_kl"
     cross_entropy = "cross_entropy"
     label_smoothing = "label_smoothing"
 
@@ -117,6 +119,7 @@ class TermConfig:
     lower_quantile: float | None = None
     upper_quantile: float | None = None
     smoothing: float | None = None
+    max_temperature: float | None = None
 
 
 @dataclass

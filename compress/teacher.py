@@ -1,16 +1,18 @@
-"""Where the teacher's word comes from: its own forward, or a recording of it."""
+"""Where the teacher's word comes from: its own forward, a recording of it, or the student of the step before."""
 
-# N loss tokens of a micro-batch, E teacher hidden
+# N loss tokens, E teacher hidden, D student hidden, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.artifacts import fingerprint, open_tensors, save_tensors
-from compress.models import output_head
+from compress.models import OutputHead, output_head
 from compress.objectives.chunked import DenseSignal
 from compress.step import trunk
 from compress.tokens import TokenBatch
@@ -45,3 +47,62 @@ class RecordedTeacher(Teacher):
         if not path.exists():
             save_tensors(path, {"hidden": super().signal(batch).hidden_NE})
         return DenseSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
+
+
+class PreviousSelf:
+    """What the student itself said of a mini-batch at the step before, before that step's update: no teacher is loaded.
+
+    A global batch is the sequences of the step before and then as many fresh ones (`overlapping`), DLB's sampler (Shen
+    et al., CVPR 2022), the base of DynSDPB (arXiv 2411.16991). Its word is kept as the fresh half's final hidden states
+    and that step's head, V / D times less than logits. Both belong to the checkpoint: `state`.
+    """
+
+    def __init__(self, hidden_ND: Tensor | None = None, head: OutputHead | None = None) -> None:
+        self._hidden_ND, self._head = hidden_ND, head
+        self._rows: dict[int, slice] = {}  # id of a repeated micro-batch -> its rows of _hidden_ND
+
+    def begin(self, window: Sequence[TokenBatch], num_repeated: int) -> None:
+        """A global batch starts: its first num_repeated sequences are the last one's fresh ones, in their order.
+
+        No micro-batch may hold both kinds.
+        """
+        self._rows, seen, start = {}, 0, 0
+        for batch in window:
+            seen += len(batch.input_ids)
+            if seen <= num_repeated:
+                stop = start + int(batch.loss_mask.sum())
+                self._rows[id(batch)] = slice(start, stop)
+                start = stop
+        assert start == (0 if self._hidden_ND is None else len(self._hidden_ND)) or num_repeated == 0
+
+    def answers(self, batch: TokenBatch) -> bool:
+        return id(batch) in self._rows
+
+    def signal(self, batch: TokenBatch) -> DenseSignal | None:
+        rows = self._rows.get(id(batch))
+        if rows is None:
+            return None
+        assert self._hidden_ND is not None
+        assert self._head is not None
+        return DenseSignal(self._hidden_ND[rows], self._head)
+
+    def remember(self, window: Sequence[TokenBatch], hidden: Sequence[Tensor], head: OutputHead) -> None:
+        """Keep what the student said of the fresh micro-batches (`accumulate_gradients`' keep), and its head.
+
+        To be called before the optimizer's step, with a copy of the head in the dtype of the forward.
+        """
+        fresh = [said for batch, said in zip(window, hidden, strict=True) if not self.answers(batch)]
+        self._hidden_ND, self._head = torch.cat(fresh), head
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it; empty before the first step."""
+        if self._hidden_ND is None or self._head is None:
+            return {}
+        bias = {} if self._head.bias_V is None else {"previous/bias": self._head.bias_V}
+        return {"previous/hidden": self._hidden_ND, "previous/weight": self._head.weight_VD, **bias}
+
+
+def overlapping(step: int, num_fresh: int) -> tuple[range, range]:
+    """Draws that the step numbered from 0 repeats, and those it sees for the first time."""
+    before = max(0, step - 1) * num_fresh
+    return range(before, step * num_fresh), range(step * num_fresh, (step + 1) * num_fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,14 @@ def _naive(term: Term, student: Tensor, teacher: Tensor, labels: Tensor, paired:
     if term.objective == "span_relation":
         error = p[:-1] * p[1:] - q[:-1] * q[1:]
         return (error.square().sum(-1) * paired[:-1]).sum()
+    if term.objective == "uncertainty_kl":
+        weight = -(q * q.log()).sum(-1).detach() / math.log(q.shape[-1])
+        return (weight * kl(p, q)).sum()
+    if term.objective == "dynamic_kl":
+        certainty = 1 + (p * p.log()).sum(-1, keepdim=True) / math.log(p.shape[-1])
+        two = p.topk(2, -1).values
+        tau = 1 + (term.max_temperature - 1) * (two[:, :1] - two[:, 1:])
+        return ((certainty * tau**2)[:, 0] * kl((t / tau).softmax(-1), (z / tau).softmax(-1))).sum()
     if term.objective == "cross_entropy":
         return F.cross_entropy(z, labels, reduction="sum")
     assert term.objective == "label_smoothing", term.objective

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from distributed import on_ranks
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.objectives.terms import Term
-from compress.parallel import shard, single_process_mesh
+from compress.parallel import launched, shard, single_process_mesh
 from compress.step import StudentModule, accumulate_gradients
 from compress.teacher import Teacher
 from compress.tokens import TokenBatch
@@ -60,6 +65,54 @@ def test_gradient_is_the_same_for_every_split(tied: bool, size: int) -> None:
     assert split_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         assert (split[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+TERMS = [
+    Term("forward_kl"),
+    Term("cross_entropy", weight=0.3),
+    Term("bild", weight=0.2, temperature=3.0, squared=True, k=4),
+    Term("span_relation", weight=5.0),
+]
+SPLITS = [(size, ranks) for ranks in (1, 2) for size in (1, 2, 4, 8) if size * ranks <= 8]  # accumulated 8 / both times
+
+
+def _write_split(folder: Path, size: int, masked: bool) -> None:
+    """This rank's micro-batches of the eight rows, and what came out of all ranks' together."""
+    ranks, batch = launched(), _batch()
+    if masked:  # as far as the first of two ranks is concerned: nothing to learn
+        batch.loss_mask[:4] = False
+    share = 8 // ranks.size
+    starts = range(ranks.rank * share, (ranks.rank + 1) * share, size)
+    teacher, student = Teacher(_model(32, 3, seed=1, tied=True)), StudentModule(_model(16, 2, seed=2, tied=True))
+    shard(student, student.model.model.layers, init_device_mesh("cpu", (ranks.size,)), torch.float32)
+    parts = [_part(batch, slice(start, start + size)) for start in starts]
+    found = accumulate_gradients(student, teacher, parts, TERMS, ranks)
+    gradients = {name: p.grad.full_tensor().clone() for name, p in student.named_parameters()}
+    facts = torch.tensor([found.loss, *found.terms, float(found.num_tokens)], dtype=torch.float64)
+    save_file({**gradients, "facts": facts}, folder / f"{masked}-{size}-{ranks.size}-{ranks.rank}.safetensors")
+
+
+def _write_splits(folder: Path) -> None:
+    for masked in (False, True):
+        for size, ranks in SPLITS:
+            if ranks == launched().size:
+                _write_split(folder, size, masked)
+
+
+def test_every_split_over_micro_batches_accumulation_and_ranks_is_one_gradient(tmp_path: Path) -> None:
+    """Eight sequences, ragged masks, one rank with nothing to learn; several terms with counts of their own."""
+    for size in (1, 2):
+        on_ranks(size, _write_splits, tmp_path)
+    for masked in (False, True):
+        whole = load_file(tmp_path / f"{masked}-8-1-0.safetensors")
+        assert whole["facts"][-1] == (_batch().loss_mask[4:] if masked else _batch().loss_mask).sum()
+        others = [path for path in tmp_path.glob(f"{masked}-*") if path.name != f"{masked}-8-1-0.safetensors"]
+        assert len(others) == 3 + 2 * 3
+        for path in others:
+            split = load_file(path)
+            torch.testing.assert_close(split.pop("facts"), whole["facts"], rtol=1e-6, atol=0)
+            for name, gradient in split.items():
+                assert (gradient - whole[name]).norm() <= 1e-5 * whole[name].norm(), (path.name, name)
 
 
 def test_bfloat16_accumulates_in_float32() -> None:

@@ -98,6 +98,34 @@ def label_smoothing(rows: Rows, term: Term) -> Result:
     return (1 - share) * labels_R + share * soft_R, (1 - share) * labels_RV + share * (rows.q_RV - rows.p_RV)
 
 
+def uncertainty_kl(rows: Rows, _term: Term) -> Result:
+    """H(q) / log V * KL(p || q), the weight without gradient: what the student is unsure of counts (Dynamic KD,
+    Li et al., EMNLP 2021)."""
+    weight_R = _entropy(rows.log_q_RV)
+    loss_R, slope_RV = forward_kl(rows, Term("forward_kl"))
+    return weight_R * loss_R, weight_R[:, None] * slope_RV
+
+
+def dynamic_kl(rows: Rows, term: Term) -> Result:
+    """(1 - u) tau^2 KL(p || q) at tau = 1 + (max_temperature - 1) d: u is p's entropy over log V, d the distance of its
+    two largest probabilities; neither carries a gradient.
+
+    Ours, for DynSDPB (arXiv 2411.16991), whose own rule could not be read: where the teacher is unsure it counts less,
+    where it is sure it is softened more. With max_temperature 1 and weight 1 - u = 1 it is forward KL.
+    """
+    largest_R2 = rows.p_RV.topk(2, -1).values
+    tau_R1 = 1 + (term.max_temperature - 1) * (largest_R2[:, :1] - largest_R2[:, 1:])
+    weight_R1 = (1 - _entropy(rows.log_p_RV))[:, None] * tau_R1
+    at = Rows(rows.student_RV / tau_R1, rows.teacher_RV / tau_R1, rows.labels_R, rows.paired_R)
+    loss_R, slope_RV = forward_kl(at, term)
+    return (weight_R1 * tau_R1)[:, 0] * loss_R, weight_R1 * slope_RV
+
+
+def _entropy(log_RV: Tensor) -> Tensor:
+    """In units of log V: within 0 and 1."""
+    return -torch.where(log_RV > -torch.inf, log_RV.exp() * log_RV, 0).sum(-1) / math.log(log_RV.shape[-1])
+
+
 def _log_mixture(log_one_RV: Tensor, log_other_RV: Tensor, share: float) -> Tensor:
     """log(share * one + (1 - share) * other), exact at both ends."""
     if share == 0:

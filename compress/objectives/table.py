@@ -112,6 +112,19 @@ OBJECTIVES: dict[str, Objective] = {
         partial.span_relation,
         pairs=True,
     ),
+    "uncertainty_kl": Objective(
+        "H(q)/log V · KL(p ‖ q)",
+        "Dynamic KD, Li et al., EMNLP 2021",
+        "spends the step on what the student is still unsure of",
+        divergences.uncertainty_kl,
+    ),
+    "dynamic_kl": Objective(
+        "(1 − u) τ² KL(p ‖ q) at temperature τ = 1 + (τ_max − 1) d, u = H(p)/log V, d = p₁ − p₂",
+        "ours, for DynSDPB, arXiv 2411.16991, whose rule could not be read",
+        "a teacher that errs early on, as a model's own earlier word (teacher.mode=previous_self)",
+        divergences.dynamic_kl,
+        options=("max_temperature",),
+    ),
     "cross_entropy": Objective(
         "−log q(next token)",
         "ordinary training",

@@ -24,6 +24,7 @@ class Term:
     lower_quantile: float = 0.0  # dac_kl: of the teacher's probabilities, what is kept
     upper_quantile: float = 1.0
     smoothing: float = 0.5  # label_smoothing: the teacher's share of the target
+    max_temperature: float = 3.0  # dynamic_kl: of a token that the teacher is sure of, as a multiple of temperature
 
     @property
     def factor(self) -> float:

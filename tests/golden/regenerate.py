@@ -100,6 +100,7 @@ if __name__ == "__main__":
             "bild k=8 temperature=3": [bild(t, s, 8, 3.0) for t, s in zip(teacher, student, strict=True)],
             "bild k=4": [bild(t, s, 4, 1.0) for t, s in zip(teacher, student, strict=True)],
             "dac_kl lower_quantile=0.5": per_token(lambda p, q, _: dac(p, q, 0.5, 1.0)),
+            "uncertainty_kl": per_token(lambda p, q, _: entropy_weight(q) * kl(p, q)),
             "cross_entropy": per_token(lambda _, q, label: float(-np.log(q[label]))),
             "label_smoothing smoothing=0.3": per_token(
                 lambda p, q, label: float(-0.7 * np.log(q[label]) - 0.3 * (p * np.log(q)).sum())
