@@ -96,9 +96,11 @@ def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
     import torch
 
     from compress.models import load_model
+    from compress.objectives.terms import Term
     from compress.optimizer import LocalOptimizer
     from compress.parallel import compile_layers, shard, single_process_mesh
-    from compress.step import StudentModule, Teacher, accumulate_gradients
+    from compress.step import StudentModule, accumulate_gradients
+    from compress.teacher import Teacher
     from compress.tokens import TokenBatch
 
     rows = _rows(work, steps)
@@ -109,7 +111,7 @@ def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
         if compiled:
             compile_layers(teacher.model)
             compile_layers(model)
-        student = StudentModule(model, temperature=1.0).train()
+        student = StudentModule(model).train()
         shard(student, model.model.layers, mesh, torch.bfloat16)
         optimizer = LocalOptimizer(
             student.named_parameters(),
@@ -126,7 +128,7 @@ def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
             loss_mask_BT[:, -1] = False
             positions_BT = torch.arange(LENGTH).expand_as(ids_BT)
             batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, torch.ones_like(loss_mask_BT))
-            loss, _ = accumulate_gradients(student, teacher, [batch])
+            loss = accumulate_gradients(student, teacher, [batch], [Term("forward_kl")]).loss
             optimizer.step(1.0, 1.0)
             recorder.losses.append(loss)
             recorder.step()

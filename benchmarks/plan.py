@@ -76,9 +76,11 @@ def real(name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from compress.memory import Layout
+    from compress.objectives.terms import Term
     from compress.optimizer import LocalOptimizer
     from compress.parallel import shard, single_process_mesh
-    from compress.step import StudentModule, Teacher, accumulate_gradients
+    from compress.step import StudentModule, accumulate_gradients
+    from compress.teacher import Teacher
     from compress.tokens import TokenBatch
 
     torch.manual_seed(0)
@@ -88,7 +90,7 @@ def real(name: str) -> dict[str, Any]:
     with PeakMemory(0.005) as peak, single_process_mesh() as mesh:
         teacher = Teacher(AutoModelForCausalLM.from_config(config_of(teacher_sizes, VOCABULARY), dtype=torch.bfloat16))
         model = AutoModelForCausalLM.from_config(config_of(student_sizes, VOCABULARY), dtype=torch.float32)
-        module = StudentModule(model, 1.0).train()
+        module = StudentModule(model).train()
         shard(module, model.model.layers, mesh, torch.bfloat16)
         optimizer = LocalOptimizer(
             module.named_parameters(), muon=False, learning_rate=1e-4, muon_learning_rate=0.01, betas=(0.9, 0.95),
@@ -101,7 +103,8 @@ def real(name: str) -> dict[str, Any]:
         positions_BT = torch.cat([torch.arange(half), torch.arange(LENGTH - half)]).expand(BATCH, -1)  # two documents
         for _ in range(STEPS):
             ids_BT = torch.randint(VOCABULARY, (BATCH, LENGTH))
-            accumulate_gradients(module, teacher, [TokenBatch(ids_BT, positions_BT, loss_mask_BT, every_BT)])
+            batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, every_BT)
+            accumulate_gradients(module, teacher, [batch], [Term("forward_kl")])
             optimizer.step(1.0, 1.0)
         count = sum(p.numel() for p in model.parameters())
     parts = planned(info_of(config_of(teacher_sizes, VOCABULARY)), student_sizes, Layout(1, BATCH, LENGTH, on_cpu=True))
@@ -124,8 +127,10 @@ def tracked(name: str, length: int) -> dict[str, Any]:
 
     from compress.memory import Layout
     from compress.models import output_head
+    from compress.objectives.chunked import DenseSignal
+    from compress.objectives.terms import Term
     from compress.parallel import recompute_layers, shard
-    from compress.step import StudentModule, TeacherSignal, trunk
+    from compress.step import StudentModule, trunk
     from compress.tokens import TokenBatch
 
     class SharedTeacher(nn.Module):
@@ -148,7 +153,7 @@ def tracked(name: str, length: int) -> dict[str, Any]:
         for layer in teacher.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(shared, mesh=mesh)
-        module = StudentModule(student, 1.0).train()
+        module = StudentModule(student).train()
         recompute_layers(student)
         shard(module, student.model.layers, mesh, torch.bfloat16)
         # A boolean mask would make sizes depend on data: the same places as numbers.
@@ -159,8 +164,8 @@ def tracked(name: str, length: int) -> dict[str, Any]:
         tracker.track_external(shared)
         with tracker:
             with torch.no_grad():
-                signal = TeacherSignal(shared(batch), output_head(teacher))
-            module(batch, signal).backward()
+                signal = DenseSignal(shared(batch), output_head(teacher))
+            module(batch, signal, [Term("forward_kl")], [1.0])[0].backward()
         [peak] = [snapshot for device, snapshot in tracker.get_tracker_snapshot("peak").items() if device.type == "cpu"]
     total = next(size for kind, size in peak.items() if str(kind).endswith("Total"))
     parts = planned(

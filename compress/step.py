@@ -81,10 +81,11 @@ def divergence(model: PreTrainedModel, batch: TokenBatch, signal: DenseSignal) -
     return distillation_loss(hidden_ND, output_head(model), signal.hidden_NE, signal.head)
 
 
-def targets_of(batch: TokenBatch) -> Targets:
-    """The next tokens at the loss tokens of a micro-batch, and which of them are neighbours."""
+def targets_of(batch: TokenBatch, pairs: bool = False) -> Targets:
+    """The next tokens at the loss tokens of a micro-batch and, where asked for, which of them are neighbours."""
     mask_BT = batch.loss_mask
-    return Targets(batch.input_ids.roll(-1, 1)[mask_BT], _paired(mask_BT)[mask_BT])
+    labels_N = batch.input_ids.roll(-1, 1)[mask_BT]
+    return Targets(labels_N, _paired(mask_BT)[mask_BT] if pairs else torch.zeros_like(labels_N, dtype=torch.bool))
 
 
 def _paired(mask_BT: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ class StudentModule(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(the scaled sum to differentiate, each term's own sum (K,), the final hidden states (N, D), detached)."""
         hidden_ND = trunk(self.model, batch)[batch.loss_mask]
-        loss, sums_K = chunked_loss(hidden_ND, output_head(self.model), signal, targets_of(batch), terms, scales)
+        targets = targets_of(batch, pairs=any(OBJECTIVES[term.objective].pairs for term in terms))
+        loss, sums_K = chunked_loss(hidden_ND, output_head(self.model), signal, targets, terms, scales)
         return loss, sums_K, hidden_ND.detach()
 
 
