@@ -26,7 +26,7 @@ from omegaconf.errors import (
 
 from compress.errors import ConfigError
 from compress.rules import check
-from compress.settings import CompressConfig, DepthCriterion, RoundConfig, Size, SourceConfig, Stage
+from compress.settings import CompressConfig, DepthCriterion, RoundConfig, Size, SourceConfig, Stage, TermConfig
 
 GROUPS = ("recipe", "cluster")
 
@@ -145,7 +145,7 @@ def _explain_key(found: OmegaConfBaseException, around: str) -> str:
     outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", around)
     in_round = bool(outside and outside[1] == "rounds" and key != "rounds")
     inside = is_dataclass(found.object_type) and (
-        in_round or ("." not in key and found.object_type in (SourceConfig, RoundConfig))
+        in_round or ("." not in key and found.object_type in (SourceConfig, RoundConfig, TermConfig))
     )
     if inside:
         key = f"{outside[1] if outside else 'data.*'}: {key}"
@@ -187,6 +187,7 @@ def _rule_of(hint: Any) -> str | None:
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
         list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
+        list[TermConfig]: "a list of terms, such as [{objective: forward_kl}]",
         SourceConfig: "a source, such as {path: my.jsonl}",
     }
     rule = words.get(plain)

@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
-from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, set_name
+from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, TermConfig, set_name
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
@@ -96,6 +96,7 @@ def check(config: CompressConfig) -> None:
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
     _check_batches(config)
+    _check_objectives(config)
     if config.rounds:
         _check_rounds(config)
     elif config.round is not None:
@@ -235,6 +236,54 @@ def _check_choice(name: str, scored: list[str], wanted: str | None) -> None:
         raise ConfigError(
             f"prune.{name}_criterion={wanted} is none of score.{name}={scored}; add it there, or choose one of them"
         )
+
+
+_OPTION_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "k": (lambda v: v >= 1, "at least 1"),
+    "beta": (lambda v: 0 < v < 1, "within 0 and 1, both excluded"),
+    "skew": (lambda v: 0 <= v < 1, "within 0 and 1, 1 excluded"),
+    "head_mass": (lambda v: 0 < v < 1, "within 0 and 1, both excluded"),
+    "lower_quantile": (lambda v: 0 <= v < 1, "within 0 and 1, 1 excluded"),
+    "upper_quantile": (lambda v: 0 < v <= 1, "within 0 and 1, 0 excluded"),
+    "smoothing": (lambda v: 0 <= v <= 1, "within 0 and 1"),
+    "max_temperature": (lambda v: math.isfinite(v) and v >= 1, "1 or more"),
+}
+
+
+def _check_objectives(config: CompressConfig) -> None:
+    """Each term by itself; what it needs of the models is checked where they are read."""
+    terms = config.distill.objectives
+    if terms == [TermConfig()]:
+        return
+    from compress.objectives.table import OBJECTIVES  # torch takes seconds, and most runs have the default
+
+    if not terms:
+        raise ConfigError("distill.objectives is empty; give one term at least, such as [{objective: forward_kl}]")
+    for number, term in enumerate(terms):
+        here = f"distill.objectives[{number}]"
+        for key in ("weight", "weight_end"):
+            value = getattr(term, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{here}.{key}={value} must be 0 or more, and finite")
+        for key in ("temperature", "temperature_end"):
+            value = getattr(term, key)
+            if value is not None and not _positive(value):
+                raise ConfigError(f"{here}.{key}={value} must be a positive number")
+        objective = OBJECTIVES[term.objective]
+        for key, (holds, text) in _OPTION_RULES.items():
+            value = getattr(term, key)
+            if value is not None and key not in objective.options:
+                own = f"it takes {', '.join(objective.options)}" if objective.options else "it takes none"
+                raise ConfigError(f"{here}.{key}={value} is no option of {term.objective}; {own}: leave it null")
+            if value is not None and not holds(value):
+                raise ConfigError(f"{here}.{key}={value} must be {text}")
+        low, high = term.lower_quantile or 0.0, 1.0 if term.upper_quantile is None else term.upper_quantile
+        if low >= high:
+            raise ConfigError(f"{here}: lower_quantile={low} must be below upper_quantile={high}")
+        if term.objective == "bild" and term.k is not None and term.k < 2:
+            raise ConfigError(f"{here}.k={term.k}: bild compares pairs; give 2 or more")
+    if not any(term.weight or term.weight_end for term in terms):
+        raise ConfigError("distill.objectives: every weight is 0, so there is nothing to learn; give one a weight")
 
 
 def _check_batches(config: CompressConfig) -> None:

@@ -246,3 +246,35 @@ def test_sizes_are_written_as_people_write_them(written: str, meant: float) -> N
 def test_what_is_no_size_is_refused(written: str) -> None:
     said = f"prune.max_parameters={written} must be a number, such as 8e9, 8B or 80GiB"
     assert said in message("recipe=tiny", f"prune.max_parameters='{written}'")
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ("[]", "is empty; give one term at least"),
+        ("[{weight: -1}]", "distill.objectives[0].weight=-1.0 must be 0 or more"),
+        ("[{weight: 0}]", "every weight is 0"),
+        ("[{},{temperature: 0}]", "distill.objectives[1].temperature=0.0 must be a positive number"),
+        ("[{temperature_end: nan}]", "temperature_end=nan must be a positive number"),
+        ("[{k: 8}]", "k=8 is no option of forward_kl; it takes none"),
+        ("[{objective: skew_kl, beta: 0.5}]", "beta=0.5 is no option of skew_kl; it takes skew"),
+        ("[{objective: skew_kl, skew: 1}]", "skew=1.0 must be within 0 and 1, 1 excluded"),
+        ("[{objective: bild, k: 1}]", "bild compares pairs; give 2 or more"),
+        ("[{objective: top_k_kl, k: 0}]", "k=0 must be at least 1"),
+        ("[{objective: dac_kl, lower_quantile: 0.9, upper_quantile: 0.5}]", "must be below upper_quantile=0.5"),
+        ("[{objective: forward_ql}]", "must be one of forward_kl, reverse_kl"),
+        ("[{wieght: 1}]", "no such key"),
+        ("[{curve: wave}]", "must be one of constant, linear, cosine, wsd"),
+    ],
+)
+def test_terms_of_the_loss_are_checked(terms: str, expected: str) -> None:
+    found = message("recipe=tiny", f"distill.objectives={terms}")
+    assert "distill.objectives" in found
+    assert expected in found
+
+
+def test_terms_with_schedules_and_options_are_read() -> None:
+    terms = "[{objective: bild, k: 4, temperature: 3, weight: 1, weight_end: 0, curve: cosine}, {squared: true}]"
+    one, two = load_config("recipe=tiny", f"distill.objectives={terms}").distill.objectives
+    assert (one.objective, one.k, one.temperature, one.weight_end, one.curve) == ("bild", 4, 3.0, 0.0, "cosine")
+    assert two.squared
