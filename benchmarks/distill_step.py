@@ -1,4 +1,4 @@
-"""Tokens per second of one distillation step: this project, a plain full-logits loop, and TRL 1.16's GKDTrainer.
+"""A distillation step: this project, a plain full-logits loop, TRL 1.16's GKDTrainer and ModelOpt 0.47's KDTrainer.
 
     python -m benchmarks.distill_step                      # from the repository's root, on a machine with nothing else
     python -m benchmarks.distill_step --rounds 1 --steps 2 # does it run
@@ -14,10 +14,12 @@ carry loss for everybody. The contenders:
             torch.optim.AdamW(fused=True), clip_grad_norm_
     trl     GKDTrainer off-policy (lmbda=0, beta=0), bf16=True, no gradient checkpointing, in an environment of its
             own under the cache folder, made at the first run
+    modelopt  KDTrainer, logits alone at temperature 1, the same way
 
 Each runs in a process of its own per round, and the rounds are interleaved with a rotating order, so that a
 disturbance meets all of them. A figure is the median over all timed steps, min and max beside it; `ratio` divides the
-medians and its range is over the rounds. Memory is the peak of RssAnon above what the imports left. The first step's
+medians and its range is over the rounds. Memory is the peak of RssAnon above what the imports left; `above` is what
+of it is beyond both models' weights and AdamW's moments, which everybody needs. The first step's
 losses must agree to 2 %, or the contenders did not do the same work and nothing is written. CPU seconds are only for
 orientation on a machine that others use: `--threads 1` compares them without threads that wait for each other.
 """
@@ -31,7 +33,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,57 +40,36 @@ from typing import Any
 from benchmarks.common import (
     RESULTS,
     ROOT,
-    PeakMemory,
-    anonymous_bytes,
     default_cache,
     machine,
     peer_python,
     spread,
     write_result,
 )
+from benchmarks.trainers import (
+    BETAS,
+    LEARNING_RATE,
+    LENGTH,
+    MODELOPT_PACKAGES,
+    SEQUENCES,
+    TRL_PACKAGES,
+    Recorder,
+    modelopt,
+    rows_of,
+    teacher_of,
+    trl,
+)
 
 # `ours` with distill.compile=true, `eager` without it; plain and TRL as people run them.
-CONTENDERS = ("ours", "eager", "plain", "trl")
-SEQUENCES, LENGTH, LAYERS = 4, 512, 20
-LEARNING_RATE, BETAS = 1e-4, (0.9, 0.95)
-TRL_PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0")
+CONTENDERS = ("ours", "eager", "plain", "trl", "modelopt")
+PEERS = {"trl": ("trl-1.16.0", TRL_PACKAGES), "modelopt": ("modelopt-0.47.0", MODELOPT_PACKAGES)}
+LAYERS = 20
 LOSS_TOLERANCE = 0.02
+# The teacher's 134,515,008 parameters in bfloat16, and the student's 99,114,048 with two moments in float32.
+ALLOCATED_BYTES = 2 * 134_515_008 + 12 * 99_114_048
 
 
 # ---- in a worker's process --------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Seconds and loss of each step, and the peak of RssAnon above the moment it was made (after the imports)."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.losses: list[float] = []
-        self._began = self._cpu_began = 0.0
-        self._baseline = anonymous_bytes()
-        self._peak = PeakMemory(0.02).__enter__()
-
-    def begin(self) -> None:
-        self._began, self._cpu_began = time.perf_counter(), time.process_time()
-
-    def step(self) -> None:
-        """A step is over, and with it the next one begins: batches and logging count."""
-        now, cpu_now = time.perf_counter(), time.process_time()
-        self.seconds.append(now - self._began)
-        self.cpu_seconds.append(cpu_now - self._cpu_began)
-        self._began, self._cpu_began = now, cpu_now
-
-    def result(self, warmup: int) -> dict[str, Any]:
-        self._peak.__exit__()
-        return {
-            "seconds": self.seconds[warmup:],
-            "cpu_seconds": self.cpu_seconds[warmup:],
-            "warmup_seconds": self.seconds[:warmup],
-            "first_loss": self.losses[0],
-            "last_loss": self.losses[-1],
-            "peak_rss_anon_bytes": self._peak.bytes - self._baseline,
-        }
 
 
 def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
@@ -103,10 +83,10 @@ def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
     from compress.teacher import Teacher
     from compress.tokens import TokenBatch
 
-    rows = _rows(work, steps)
+    rows = rows_of(work, steps)
     recorder = Recorder()
     with single_process_mesh() as mesh:
-        teacher = Teacher(load_model(_teacher(work), torch.bfloat16))
+        teacher = Teacher(load_model(teacher_of(work), torch.bfloat16))
         model = load_model(work / "student", torch.float32)
         if compiled:
             compile_layers(teacher.model)
@@ -140,9 +120,9 @@ def _plain(work: Path, steps: int) -> Recorder:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    rows = _rows(work, steps)
+    rows = rows_of(work, steps)
     recorder = Recorder()
-    teacher = AutoModelForCausalLM.from_pretrained(_teacher(work), dtype=torch.bfloat16).eval().requires_grad_(False)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_of(work), dtype=torch.bfloat16).eval().requires_grad_(False)
     student = AutoModelForCausalLM.from_pretrained(work / "student", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=1e-8, weight_decay=0.0, fused=True
@@ -168,104 +148,13 @@ def _plain(work: Path, steps: int) -> Recorder:
     return recorder
 
 
-def _trl(work: Path, steps: int) -> Recorder:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    rows = torch.cat(_rows(work, steps))
-    recorder = Recorder()
-    teacher = AutoModelForCausalLM.from_pretrained(_teacher(work), dtype=torch.bfloat16)
-    student = AutoModelForCausalLM.from_pretrained(work / "student", dtype=torch.float32)
-
-    def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids_BT = torch.tensor([record["input_ids"] for record in records])
-        ones_BT = torch.ones_like(ids_BT)
-        labels_BT = ids_BT.clone()
-        labels_BT[:, 0] = -100  # a prompt of one token: every later one is a target, as for the other contenders
-        return {
-            "input_ids": ids_BT,
-            "attention_mask": ones_BT,
-            "labels": labels_BT,
-            "prompts": ids_BT[:, :1],
-            "prompt_attention_mask": ones_BT[:, :1],
-        }
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-            recorder.begin()
-
-        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-            recorder.step()
-
-    class Recording(GKDTrainer):  # type: ignore[misc]
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
-            recorder.losses.append((loss[0] if isinstance(loss, tuple) else loss).item())
-            return loss
-
-        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    arguments = GKDConfig(
-        output_dir=str(work / "trl-output"),
-        lmbda=0.0,
-        beta=0.0,
-        temperature=1.0,
-        max_steps=steps,
-        per_device_train_batch_size=SEQUENCES,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        bf16=True,
-        use_cpu=True,
-        optim="adamw_torch_fused",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=LENGTH,
-        seed=0,
-    )
-    trainer = Recording(
-        model=student,
-        teacher_model=teacher,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
-        data_collator=collate,
-        processing_class=AutoTokenizer.from_pretrained(_teacher(work)),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    return recorder
-
-
 WORKERS: dict[str, Callable[[Path, int], Recorder]] = {
     "ours": _ours,
     "eager": functools.partial(_ours, compiled=False),
     "plain": _plain,
-    "trl": _trl,
+    "trl": trl,
+    "modelopt": modelopt,
 }
-
-
-def _rows(work: Path, steps: int) -> list[Any]:
-    """One [B, T] batch of token ids a step."""
-    from safetensors.torch import load_file
-
-    ids = load_file(work / "tokens.safetensors")["input_ids"].long()
-    return list(ids[: steps * SEQUENCES].reshape(steps, SEQUENCES, LENGTH))
-
-
-def _teacher(work: Path) -> str:
-    return (work / "teacher.txt").read_text()
 
 
 def _worker(name: str, work: Path, warmup: int, steps: int) -> None:
@@ -343,6 +232,7 @@ def summarise(rounds: list[dict[str, dict[str, Any]]], contenders: list[str]) ->
             "tokens_per_second_of_rounds": medians[name],
             "cpu_seconds_per_step": statistics.median([seconds for run in runs for seconds in run["cpu_seconds"]]),
             "peak_rss_anon_bytes": max(run["peak_rss_anon_bytes"] for run in runs),
+            "above_allocated_bytes": max(run["peak_rss_anon_bytes"] for run in runs) - ALLOCATED_BYTES,
             "first_loss": runs[0]["first_loss"],
             "last_loss": runs[0]["last_loss"],
         }
@@ -366,7 +256,7 @@ def show(summary: dict[str, Any], threads: int) -> None:
     from rich.table import Table
 
     result = Table(title=f"distillation step, {SEQUENCES}x{LENGTH} tokens, {threads} threads", title_justify="left")
-    for column in ("", "tokens/s", "min..max", "CPU s a step", "peak memory, GB", "first loss", "ours is"):
+    for column in ("", "tokens/s", "min..max", "CPU s a step", "peak memory, GB", "above", "first loss", "ours is"):
         result.add_column(column, justify="left" if not column else "right")
     for name, row in summary["contenders"].items():
         speed, ratio = row["tokens_per_second"], summary["ratios"].get(f"ours/{name}")
@@ -376,6 +266,7 @@ def show(summary: dict[str, Any], threads: int) -> None:
             f"{speed['min']:.0f}..{speed['max']:.0f}",
             f"{row['cpu_seconds_per_step']:.2f}",
             f"{row['peak_rss_anon_bytes'] / 1e9:.2f}",
+            f"{row['above_allocated_bytes'] / 1e9:.2f}",
             f"{row['first_loss']:.4f}",
             f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}..{ratio['max']:.2f})" if ratio else "",
         )
@@ -401,8 +292,7 @@ def main() -> None:
     work = cache / "benchmarks" / "distill_step"
     prepare(work, cache, (options.warmup + options.steps) * SEQUENCES)
     pythons = {
-        name: peer_python(cache, "trl-1.16.0", TRL_PACKAGES) if name == "trl" else sys.executable
-        for name in options.contenders
+        name: peer_python(cache, *PEERS[name]) if name in PEERS else sys.executable for name in options.contenders
     }
     before = machine()
     rounds: list[dict[str, dict[str, Any]]] = []

@@ -18,9 +18,9 @@ from torch import nn
 
 from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
-from compress.errors import ConfigError, Interrupted, NumericalError
+from compress.errors import Interrupted, NumericalError
 from compress.inputs import start_of, teacher_of
-from compress.models import check_same_tokenizer, decoder_layers, load_model
+from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
@@ -55,16 +55,12 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     data, order = training_order(config, run_dir)
     max_steps = num_steps(config)
     check_same_tokenizer(teacher_path, student_path, trust)
+    check_vocabulary(teacher_path, student_path, trust)
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
         teacher = Teacher(load_model(teacher_path, dtype, trust))
         model = load_model(student_path, torch.float32, trust)
-        if model.config.vocab_size != teacher.model.config.vocab_size:
-            raise ConfigError(
-                f"vocab_size of student {student_path} is {model.config.vocab_size}, of teacher {teacher_path} "
-                f"{teacher.model.config.vocab_size}: logits are compared id by id; give both the same vocabulary rows"
-            )
         if settings.recompute:
             recompute_layers(model)
         if settings.compile:

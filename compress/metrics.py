@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from compress.errors import NumericalError
-from compress.models import logits_of, output_head
+from compress.models import common_vocabulary, logits_of, output_head
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -36,10 +36,12 @@ def language_modelling(
     """For each model, over the loss tokens of the batches: loss (nats per token), perplexity, kl_to_teacher (nats per
     token, KL(teacher || model)), top1_agreement (share of tokens at which both rank the same token first), num_tokens.
 
-    All models see the same micro-batch in turn, so the teacher runs once; logits exist for 256 tokens at a time and
-    their softmax is in float32. Raises NumericalError for a model whose loss isn't finite, or when there is no token.
+    Over the ids that all models have: what one's head has beyond is padding. They see the same micro-batch in turn, so
+    the teacher runs once; logits exist for 256 tokens at a time and their softmax is in float32. Raises NumericalError
+    for a model whose loss isn't finite, or when there is no token.
     """
     sums = {name: _Sums() for name in models}
+    rows = common_vocabulary(list(models.values()))
     count = 0
     for batch in batches:
         mask = batch.loss_mask
@@ -48,10 +50,10 @@ def language_modelling(
         count += len(label_N)
         for start in range(0, len(label_N), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            log_p_CV = _log_probabilities(models[teacher], hidden[teacher][chunk])
+            log_p_CV = _log_probabilities(models[teacher], hidden[teacher][chunk], rows)
             p_CV, best_C = log_p_CV.exp(), log_p_CV.argmax(-1)
             for name, model in models.items():
-                log_q_CV = log_p_CV if name == teacher else _log_probabilities(model, hidden[name][chunk])
+                log_q_CV = log_p_CV if name == teacher else _log_probabilities(model, hidden[name][chunk], rows)
                 into = sums[name]
                 into.loss -= log_q_CV.gather(1, label_N[chunk, None]).sum(dtype=torch.float64).item()
                 if name != teacher:  # against itself it is 0 and 1
@@ -77,8 +79,8 @@ def language_modelling(
     return result
 
 
-def _log_probabilities(model: PreTrainedModel, hidden_CD: Tensor) -> Tensor:
-    return torch.log_softmax(logits_of(hidden_CD, output_head(model)).float(), -1)
+def _log_probabilities(model: PreTrainedModel, hidden_CD: Tensor, rows: int) -> Tensor:
+    return torch.log_softmax(logits_of(hidden_CD, output_head(model).rows(rows)).float(), -1)
 
 
 @torch.inference_mode()

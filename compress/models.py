@@ -179,6 +179,39 @@ def _loaded(file: Path, make: Callable[[], Any]) -> Any:
         ) from error
 
 
+def common_vocabulary(models: Sequence[PreTrainedModel]) -> int:
+    """How many ids all models' heads have: the rest of a larger one is padding, as 152,064 rows of 151,936.
+
+    That no token has an id beyond is `check_vocabulary`'s to prove.
+    """
+    return min(int(model.config.vocab_size) for model in models)
+
+
+def check_vocabulary(teacher: Path, student: Path, trust_remote_code: bool = False) -> None:
+    """Raise ConfigError unless heads of different sizes differ by padding alone: no token has an id beyond the smaller.
+
+    The two must have the same tokenizer (`check_same_tokenizer`).
+    """
+    sizes = {folder: int(_vocabulary_of(folder, trust_remote_code)) for folder in (teacher, student)}
+    rows = min(sizes.values())
+    if len(set(sizes.values())) == 1:
+        return
+    largest = max(load_tokenizer(teacher, trust_remote_code).get_vocab().values())
+    if largest >= rows:
+        raise ConfigError(
+            f"vocab_size of student {student} is {sizes[student]}, of teacher {teacher} {sizes[teacher]}, and the "
+            f"tokenizer has ids up to {largest}: rows beyond {rows} aren't padding, and logits are compared id by id; "
+            "give both the same vocabulary (resize_token_embeddings)"
+        )
+
+
+def _vocabulary_of(folder: Path, trust_remote_code: bool) -> int:
+    config = _loaded(
+        folder / "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
+    return int(config.vocab_size)
+
+
 def check_same_tokenizer(teacher: Path, student: Path, trust_remote_code: bool = False) -> None:
     """Raise ConfigError unless both folders map the same text to the same ids: logits are compared id by id.
 

@@ -36,7 +36,7 @@ from compress.estimate import estimate_seconds
 from compress.families import add_families
 from compress.folders import read_model
 from compress.inputs import source_of, student_of, teacher_of
-from compress.models import check_same_tokenizer, check_usable
+from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import round_config
@@ -266,14 +266,13 @@ def _check_models(config: CompressConfig) -> None:
         if not folder:
             continue
         student = Path(folder).expanduser()
-        ours, theirs = read_model(student, trust).shape.vocab_size, read_model(teacher, trust).shape.vocab_size
-        if ours != theirs:
-            raise ConfigError(
-                f"{key}={student} has vocab_size={ours}, the teacher {teacher} {theirs}: logits are compared "
-                "id by id, so give both the same vocabulary rows"
-            )
-        check_usable(student, trust)
-        check_same_tokenizer(teacher, student, trust)
+        read_model(student, trust)  # its files are whole, and fit its config
+        try:
+            check_usable(student, trust)
+            check_same_tokenizer(teacher, student, trust)
+            check_vocabulary(teacher, student, trust)
+        except ConfigError as error:
+            raise ConfigError(f"{key}={student}: {error}") from error
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ Under FSDP2 parameters exist in full only inside the wrapped module's forward, s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from compress.families import family_of_config
-from compress.models import output_head
+from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Signal, Targets, chunked_loss
 from compress.objectives.table import OBJECTIVES
@@ -78,7 +78,14 @@ class TeacherSource(Protocol):
 def divergence(model: PreTrainedModel, batch: TokenBatch, signal: DenseSignal) -> Tensor:
     """KL(teacher || model) in nats, summed over the micro-batch's loss tokens."""
     hidden_ND = trunk(model, batch)[batch.loss_mask]
-    return distillation_loss(hidden_ND, output_head(model), signal.hidden_NE, signal.head)
+    student, teacher = without_padding(output_head(model), signal.head)
+    return distillation_loss(hidden_ND, student, signal.hidden_NE, teacher)
+
+
+def without_padding(student: OutputHead, teacher: OutputHead) -> tuple[OutputHead, OutputHead]:
+    """The heads' common rows: ids that one of them lacks are no tokens (`models.check_vocabulary`)."""
+    rows = min(len(student.weight_VD), len(teacher.weight_VD))
+    return student.rows(rows), teacher.rows(rows)
 
 
 def targets_of(batch: TokenBatch, pairs: bool = False) -> Targets:
@@ -108,7 +115,11 @@ class StudentModule(nn.Module):
         """(the scaled sum to differentiate, each term's own sum (K,), the final hidden states (N, D), detached)."""
         hidden_ND = trunk(self.model, batch)[batch.loss_mask]
         targets = targets_of(batch, pairs=any(OBJECTIVES[term.objective].pairs for term in terms))
-        loss, sums_K = chunked_loss(hidden_ND, output_head(self.model), signal, targets, terms, scales)
+        head = output_head(self.model)
+        if isinstance(signal, DenseSignal):
+            head, theirs = without_padding(head, signal.head)
+            signal = replace(signal, head=theirs)
+        loss, sums_K = chunked_loss(hidden_ND, head, signal, targets, terms, scales)
         return loss, sums_K, hidden_ND.detach()
 
 

@@ -345,7 +345,7 @@ def student_of_another_teacher(folder: Path) -> tuple[str, ...]:
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:400].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     edit_json(folder / "config.json", vocab_size=400)
-    return ("distill.init_from=", "has vocab_size=400", "give both the same vocabulary rows")
+    return ("distill.init_from=", "says vocab_size=400", "resize the embedding")
 
 
 def student_cut_off(folder: Path) -> tuple[str, ...]:

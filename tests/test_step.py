@@ -146,3 +146,33 @@ def test_the_teacher_gets_no_gradient_and_no_state() -> None:
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
     assert {n for n, _ in student.named_parameters()} == {f"model.{n}" for n, _ in student.model.named_parameters()}
+
+
+def _padded(model: LlamaForCausalLM, rows: int) -> LlamaForCausalLM:
+    """The same model with as many random rows more in its vocabulary, the first of them always the same."""
+    generator, size = torch.Generator().manual_seed(7), SIZES["vocab_size"]
+    model.resize_token_embeddings(int(size) + rows, mean_resizing=False)
+    with torch.no_grad():
+        for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+            weight[int(size) :] = torch.randn(8, weight.shape[1], generator=generator)[:rows]
+    return model
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 0), (0, 3), (5, 2)])
+def test_rows_of_padding_count_for_nothing(ours: int, theirs: int) -> None:
+    """Both models, padded to different sizes: the loss is that over common rows, what is beyond gets no gradient."""
+    common = min(ours, theirs)
+    found = []
+    for mine, other in ((ours, theirs), (common, common)):
+        teacher = Teacher(_padded(_model(32, 3, seed=1, tied=True), other))
+        model = _padded(_model(16, 2, seed=2, tied=False), mine)
+        loss = accumulate_gradients(StudentModule(model), teacher, [_batch()], TERMS)
+        found.append((loss.terms, {name: p.grad for name, p in model.named_parameters()}))
+    (padded, gradients), (plain, expected) = found
+    assert padded == pytest.approx(plain, rel=1e-6)
+    rows = SIZES["vocab_size"] + common
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert not gradient[rows:].any() or "layers" in name, name
+        part = gradient if "layers" in name else gradient[:rows]
+        torch.testing.assert_close(part, expected[name])
