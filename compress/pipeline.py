@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import checkpoint, distill, evaluate, export, plan, prune, score, search, selftest, tokenize
+from compress import checkpoint, distill, evaluate, export, plan, prune, score, search, selftest, steptest, tokenize
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
@@ -133,6 +133,9 @@ def run(config: CompressConfig) -> None:
         refuse_several_ranks(f"stage={config.stage}")
     if config.stage is Stage.selftest:
         _print(selftest.run(config))
+        table = steptest.run(config, run_dir)
+        if table is not None:
+            _print(table)
         return
     _check_places(config)
     chosen = _chosen(config)

@@ -23,6 +23,7 @@ class Objective:
         options: the fields of `Term` that it reads beside weight and temperature.
         labels_only: no teacher is asked.
         pairs: of neighbouring tokens; its mean is over those.
+        detached: a weight in it depends on the student and carries no gradient, which is then not the value's slope.
     """
 
     formula: str
@@ -33,6 +34,7 @@ class Objective:
     options: tuple[str, ...] = ()
     labels_only: bool = False
     pairs: bool = False
+    detached: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -82,6 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
         "forward KL where the head is off, reverse KL where the tail is",
         divergences.adaptive_kl,
         options=("head_mass",),
+        detached=True,
     ),
     "top_k_kl": Objective(
         "KL over the teacher's k largest and one bucket of all others",
@@ -117,6 +120,7 @@ OBJECTIVES: dict[str, Objective] = {
         "Dynamic KD, Li et al., EMNLP 2021",
         "spends the step on what the student is still unsure of",
         divergences.uncertainty_kl,
+        detached=True,
     ),
     "dynamic_kl": Objective(
         "(1 − u) τ² KL(p ‖ q) at temperature τ = 1 + (τ_max − 1) d, u = H(p)/log V, d = p₁ − p₂",
