@@ -1,0 +1,163 @@
+"""Which objective recovers most: the demo's student distilled by each, three seeds, equal tokens.
+
+    python -m benchmarks.objectives                          # from the repository's root: hours on two cores
+    python -m benchmarks.objectives --only bild --seeds 0    # one row
+    python -m benchmarks.objectives --best 4                 # then the best four at 65,536 tokens
+
+SmolLM2-135M cut to the recipe's 98.8 M, 24,576 training tokens, everything else as the recipe says. Judged on the
+selection set; QuAC is measured along and looked at for the final table only. Rows that are done are skipped, so the
+script can be stopped at any time; results/objectives.json has one row an objective, seed and number of tokens, and
+`--table` prints the table of docs/objectives.md from it.
+
+The rows `random weights` and `cross-entropy only` are the baselines of Minitron (arXiv 2407.14679, section 4.3): the same
+shape distilled from nothing, and the pruned student trained on the text alone, both at equal tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    load_rows,
+    log_plainly,
+    machine,
+    pipeline_arguments,
+    run_row,
+    start_as_the_makefile_does,
+    write_result,
+)
+
+RECIPE = "smollm2_135m_to_100m"
+NUM_TOKENS, BEST_TOKENS = 24_576, 65_536
+# Name -> settings. Where a paper names the options it uses, they are those.
+CONTENDERS: dict[str, list[str]] = {
+    "forward_kl": [],
+    "forward_kl, T=2": ["distill.objectives=[{temperature: 2, squared: true}]"],
+    "reverse_kl": ["distill.objectives=[{objective: reverse_kl}]"],
+    "jensen_shannon, beta 0.5": ["distill.objectives=[{objective: jensen_shannon}]"],
+    "jensen_shannon, beta 0.1": ["distill.objectives=[{objective: jensen_shannon, beta: 0.1}]"],
+    "skew_kl": ["distill.objectives=[{objective: skew_kl}]"],
+    "skew_reverse_kl": ["distill.objectives=[{objective: skew_reverse_kl}]"],
+    "total_variation": ["distill.objectives=[{objective: total_variation}]"],
+    "adaptive_kl": ["distill.objectives=[{objective: adaptive_kl}]"],
+    "top_k_kl, k=64": ["distill.objectives=[{objective: top_k_kl, k: 64}]"],
+    "bild, k=8": ["distill.objectives=[{objective: bild, temperature: 3}]"],
+    "dac_kl": ["distill.objectives=[{objective: dac_kl, lower_quantile: 0.95}]"],
+    "uncertainty_kl": ["distill.objectives=[{objective: uncertainty_kl}]"],
+    "forward_kl + span_relation": ["distill.objectives=[{}, {objective: span_relation, weight: 10}]"],
+    "forward_kl + 0.3 cross_entropy": ["distill.objectives=[{}, {objective: cross_entropy, weight: 0.3}]"],
+    "label_smoothing": ["distill.objectives=[{objective: label_smoothing}]"],
+    "cross-entropy only": ["distill.objectives=[{objective: cross_entropy}]"],
+    "random weights": ["distill.init_from=RANDOM"],
+}
+
+
+def key_of(name: str, seed: int, num_tokens: int) -> str:
+    return f"{name} | seed {seed} | {num_tokens}"
+
+
+def random_student(runs: Path, pruned: Path) -> Path:
+    """The pruned student's shape with transformers' own fresh weights, made once."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = runs / "random_student"
+    if not (folder / "model.safetensors").exists():
+        torch.manual_seed(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in pruned.glob("*.json"):
+            if "token" in file.name or file.name in ("vocab.json", "special_tokens_map.json"):
+                shutil.copyfile(file, folder / file.name)
+        for file in [*pruned.glob("*.txt"), *pruned.glob("*.jinja")]:
+            shutil.copyfile(file, folder / file.name)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned), dtype=torch.float32).save_pretrained(
+            folder
+        )
+    return folder
+
+
+def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str], previous: Any, shared: Path) -> Any:
+    """One row; `previous` unchanged when its settings and inputs are those of now."""
+    slug = "".join(letter if letter.isalnum() else "_" for letter in name)
+    run_dir = runs / f"{slug}_{seed}_{num_tokens}"
+    settings = [
+        f"recipe={RECIPE}", f"name={slug}", f'run_dir="{run_dir}"', f"distill.num_tokens={num_tokens}",
+        "evaluate.generate_tokens=1", "evaluate.max_tokens=8192", f"seed={seed}", *CONTENDERS[name], *extra,
+    ]  # fmt: skip
+    if name == "random weights":
+        settings = [s.replace("RANDOM", f'"{random_student(runs, shared / "prune")}"') for s in settings]
+    facts, metrics = run_row(key_of(name, seed, num_tokens), settings, previous, [shared], ("tokens", "score", "prune"))
+    if metrics is None:
+        return facts
+    sets = metrics["distilled"]["sets"]
+    return {
+        **facts,
+        "objective": name,
+        "seed": seed,
+        "excess_loss": metrics["excess_loss"],
+        "kl_to_teacher": {one: figures["kl_to_teacher"] for one, figures in sets.items()},
+        "top1_agreement": {one: figures["top1_agreement"] for one, figures in sets.items()},
+    }
+
+
+def by_objective(rows: dict[str, Any], num_tokens: int) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.values():
+        if row["num_tokens"] == num_tokens:
+            found.setdefault(row["objective"], []).append(row)
+    return dict(sorted(found.items(), key=lambda item: _median(item[1], "excess_loss", "selection")))
+
+
+def _median(rows: list[dict[str, Any]], figure: str, name: str) -> float:
+    return statistics.median(row[figure][name] for row in rows)
+
+
+def markdown(rows: dict[str, Any], num_tokens: int) -> str:
+    """The table, the best on the selection set first; figures are medians over seeds, with the range of the first."""
+    lines = [
+        "| objective | seeds | excess loss | KL to the teacher | top-1 | QuAC: excess loss | KL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in by_objective(rows, num_tokens).items():
+        losses = [row["excess_loss"]["selection"] for row in found]
+        lines.append(
+            f"| {name} | {len(found)} | {statistics.median(losses):.3f} ({min(losses):.3f}..{max(losses):.3f}) | "
+            f"{_median(found, 'kl_to_teacher', 'selection'):.3f} | "
+            f"{_median(found, 'top1_agreement', 'selection'):.1%} | "
+            f"{_median(found, 'excess_loss', 'quac'):.3f} | {_median(found, 'kl_to_teacher', 'quac'):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = pipeline_arguments(__doc__, "objectives")
+    parser.add_argument("--only", nargs="+", default=[], help="contenders whose name begins so")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--best", type=int, default=0, help="instead: the best so many, at 65,536 tokens")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    options = parser.parse_args()
+    rows = load_rows(options.output)
+    if not options.table:
+        start_as_the_makefile_does()
+        log_plainly()
+        num_tokens = BEST_TOKENS if options.best else NUM_TOKENS
+        chosen = list(by_objective(rows, NUM_TOKENS))[: options.best] if options.best else list(CONTENDERS)
+        shared = options.runs / f"forward_kl_0_{NUM_TOKENS}"
+        for seed in options.seeds:  # a whole table of one seed first
+            for name in chosen:
+                if options.only and not name.startswith(tuple(options.only)):
+                    continue
+                key = key_of(name, seed, num_tokens)
+                rows[key] = measure(name, seed, num_tokens, options.runs, options.set, rows.get(key), shared)
+                write_result(options.output, {"machine": machine(), "settings": options.set, "rows": rows})
+    for num_tokens in (NUM_TOKENS, BEST_TOKENS):
+        if by_objective(rows, num_tokens):
+            print(f"\n{num_tokens:,} tokens\n\n{markdown(rows, num_tokens)}")
+
+
+if __name__ == "__main__":
+    main()
