@@ -9,8 +9,8 @@ selection set; QuAC is measured along and looked at for the final table only. Ro
 script can be stopped at any time; results/objectives.json has one row an objective, seed and number of tokens, and
 `--table` prints the table of docs/objectives.md from it.
 
-The rows `random weights` and `cross-entropy only` are the baselines of Minitron (arXiv 2407.14679, section 4.3): the same
-shape distilled from nothing, and the pruned student trained on the text alone, both at equal tokens.
+The rows `random weights` and `cross-entropy only` are the baselines of Minitron (arXiv 2407.14679, section 4.3): the
+same shape distilled from nothing, and the pruned student trained on the text alone, both at equal tokens.
 """
 
 from __future__ import annotations
