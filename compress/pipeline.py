@@ -30,13 +30,15 @@ from compress.artifacts import (
     run_lock,
     write_json,
 )
+from compress.capture import check_terms
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
-from compress.families import add_families
-from compress.folders import read_model
+from compress.families import Family, add_families
+from compress.folders import read_config, read_model
 from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable
+from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import round_config
@@ -262,6 +264,8 @@ def _check_models(config: CompressConfig) -> None:
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     check_usable(teacher, trust)
+    if needs_hidden_states(config.distill.objectives):
+        check_terms(config.distill.objectives, *_known_of(config))
     for key, folder in (("distill.init_from", config.distill.init_from), ("prune.source", config.prune.source)):
         if not folder:
             continue
@@ -274,6 +278,16 @@ def _check_models(config: CompressConfig) -> None:
             )
         check_usable(student, trust)
         check_same_tokenizer(teacher, student, trust)
+
+
+def _known_of(config: CompressConfig) -> tuple[list[Family], list[int | None]]:
+    """Family and number of layers of (student, teacher), the student's as far as the settings say."""
+    trust = config.teacher.trust_remote_code
+    teacher = read_config(teacher_of(config), trust)
+    elsewhere = config.distill.init_from
+    student = read_config(Path(elsewhere).expanduser(), trust) if elsewhere else read_config(source_of(config), trust)
+    layers: int | None = student.shape.num_hidden_layers if elsewhere else config.prune.num_hidden_layers
+    return [student.family, teacher.family], [layers, teacher.shape.num_hidden_layers]
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:

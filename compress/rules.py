@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
-from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, set_name
+from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, TermConfig, set_name
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
@@ -96,6 +96,7 @@ def check(config: CompressConfig) -> None:
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
     _check_batches(config)
+    _check_options(config)
     if config.rounds:
         _check_rounds(config)
     elif config.round is not None:
@@ -249,6 +250,43 @@ def _check_batches(config: CompressConfig) -> None:
             f"distill.num_tokens={distill.num_tokens} is less than one step of distill.global_batch_size * "
             f"data.sequence_length = {distill.global_batch_size * length} tokens; give it more, or a smaller batch"
         )
+
+
+def _check_options(config: CompressConfig) -> None:
+    """A term's options are its objective's, and what looks inside the models fits the rest of the settings."""
+    terms = config.distill.objectives
+    if terms == [TermConfig()]:
+        return
+    from compress.objectives.table import OBJECTIVES, needs_hidden_states  # brings torch, which takes seconds
+
+    for number, term in enumerate(terms):
+        objective, where = OBJECTIVES[term.objective], f"distill.objectives[{number}]"
+        unused = [f.name for f in fields(TermConfig)[_COMMON:] if f.name not in objective.options]
+        unused += ["temperature", "temperature_end", "squared"] if objective.hidden else []
+        for name in unused:
+            value = getattr(term, name)
+            if value != getattr(TermConfig(), name):
+                has = f"its options are {', '.join(objective.options)}" if objective.options else "it has no options"
+                raise ConfigError(f"{where}.{name}={value} is not for {term.objective}: {has}; leave {name} out")
+        if term.layers is not None and (not term.layers or any(len(pair) != 2 for pair in term.layers)):
+            raise ConfigError(
+                f"{where}.layers={term.layers} must be [student, teacher] pairs, such as [[-1, -1]], or null for the "
+                "last of each"
+            )
+    hidden = next((term.objective for term in terms if needs_hidden_states([term])), None)
+    if hidden and config.distill.compile:
+        raise ConfigError(
+            f"distill.compile=true can't be combined with {hidden} in distill.objectives: compiled layers don't say "
+            "what is inside them; set distill.compile=false"
+        )
+    if hidden and config.search.num_tokens:
+        raise ConfigError(
+            f"search.num_tokens={config.search.num_tokens:g} distils candidates of several shapes from recorded "
+            f"logits, which {hidden} in distill.objectives can't take; set search.num_tokens=0, or leave it out"
+        )
+
+
+_COMMON = [f.name for f in fields(TermConfig)].index("squared") + 1  # the fields that every objective has come first
 
 
 def _check_sources(split: str, sources: list[SourceConfig]) -> None:

@@ -97,6 +97,11 @@ class ObjectiveName(StrEnum):
     span_relation = "span_relation"
     cross_entropy = "cross_entropy"
     label_smoothing = "label_smoothing"
+    hidden_cosine = "hidden_cosine"
+    hidden_mse = "hidden_mse"
+    minilm_attention = "minilm_attention"
+    minilm_value = "minilm_value"
+    embedding_mse = "embedding_mse"
 
 
 @dataclass
@@ -117,6 +122,7 @@ class TermConfig:
     lower_quantile: float | None = None
     upper_quantile: float | None = None
     smoothing: float | None = None
+    layers: list[list[int]] | None = None  # [student, teacher] pairs, from 0, negative from the end; none = the last
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -24,6 +25,8 @@ class Term:
     lower_quantile: float = 0.0  # dac_kl: of the teacher's probabilities, what is kept
     upper_quantile: float = 1.0
     smoothing: float = 0.5  # label_smoothing: the teacher's share of the target
+    # hidden_*, minilm_*: [student, teacher] pairs of layers, from 0, negative from the end; None: the last of each
+    layers: Sequence[Sequence[int]] | None = None
 
     @property
     def factor(self) -> float:
