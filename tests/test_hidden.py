@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed import on_ranks
 from families import VARIANTS, make_batch, make_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,7 +26,7 @@ from compress.objectives import hidden
 from compress.objectives.hidden import AttentionInputs, Inside, Recorded, log_weights
 from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import Term
-from compress.parallel import recompute_layers, shard, single_process_mesh
+from compress.parallel import ALONE, launched, recompute_layers, shard, single_process_mesh
 from compress.step import StudentModule, accumulate_gradients, trunk
 from compress.teacher import Teacher
 from compress.tokens import TokenBatch
@@ -435,3 +437,32 @@ def test_projections_depend_on_the_seed_alone_and_exist_only_between_widths() ->
     assert not torch.equal(one["embedding"], make_projections(EVERY, 16, 32, seed=4)["embedding"])
     assert not list(make_projections(EVERY, 32, 32, seed=3))
     assert not list(make_projections([Term("forward_kl"), Term("minilm_value")], 16, 32, seed=3))
+
+
+# -- on ranks
+
+
+def _on_two_ranks() -> None:
+    """The gradient of each rank's half, sharded, is the whole batch's on one plain model."""
+    for terms in (EVERY, [Term("embedding_mse")]):  # nothing above the embedding has a gradient
+        ranks = launched()
+        found = []
+        for mesh, own in ((init_device_mesh("cpu", (ranks.size,)), ranks), (None, ALONE)):
+            model = _model(16, 2, 2)
+            student = StudentModule(model, make_projections(terms, 16, 32, seed=3)).train()
+            if mesh is not None:
+                shard(student, model.model.layers, mesh, torch.float32)
+            teacher = Teacher(_model(32, 3, 1, heads=8), listening(terms, to_teacher=True))
+            parts = [_rows(_batch(), i, i + 2) for i in range(own.rank * 4, own.rank * 4 + 8 // own.size, 2)]
+            means = accumulate_gradients(student, teacher, parts, terms, own).terms
+            gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+            found.append((means, {n: g.full_tensor() if mesh is not None else g for n, g in gradients.items()}))
+        (means, gradients), (alone, whole) = found
+        assert means == pytest.approx(alone, rel=1e-5)
+        assert gradients.keys() == whole.keys()
+        for name, gradient in whole.items():
+            assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_gradient_is_the_same_on_two_ranks() -> None:
+    on_ranks(2, _on_two_ranks)
