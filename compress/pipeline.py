@@ -42,7 +42,7 @@ from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import round_config
-from compress.settings import CompressConfig, PruneConfig, Stage, set_name
+from compress.settings import BUDGET, CompressConfig, PruneConfig, Stage, set_name
 from compress.sources import local_files
 
 log = logging.getLogger(__name__)
@@ -284,9 +284,14 @@ def _known_of(config: CompressConfig) -> tuple[list[Family], list[int | None]]:
     """Family and number of layers of (student, teacher), the student's as far as the settings say."""
     trust = config.teacher.trust_remote_code
     teacher = read_config(teacher_of(config), trust)
-    elsewhere = config.distill.init_from
-    student = read_config(Path(elsewhere).expanduser(), trust) if elsewhere else read_config(source_of(config), trust)
-    layers: int | None = student.shape.num_hidden_layers if elsewhere else config.prune.num_hidden_layers
+    elsewhere, prune = config.distill.init_from, config.prune
+    student = read_config(Path(elsewhere).expanduser() if elsewhere else source_of(config), trust)
+    count = student.shape.num_hidden_layers
+    layers: int | None = count
+    if not elsewhere and prune.removed_layers is not None:
+        layers = count - len(prune.removed_layers)
+    elif not elsewhere and (prune.num_hidden_layers or any(getattr(prune, key) is not None for key in BUDGET)):
+        layers = prune.num_hidden_layers
     return [student.family, teacher.family], [layers, teacher.shape.num_hidden_layers]
 
 

@@ -135,10 +135,13 @@ def test_a_layer_that_is_not_there_is_refused_before_any_work(upstream: Path, tm
         pipeline.run(_config(folder, objectives))
     assert not (folder / "run" / "score").exists()
     config = _config(folder, objectives.replace("[2,4]", "[3,3]"))
-    with pytest.raises(ConfigError, match="the student has 3 layers, so no layer 3; give"):
-        pipeline.run(config)
+    by_hand = ("prune.num_hidden_layers=null", "prune.removed_layers=[1]")
     with pytest.raises(ConfigError, match="the student has 3 layers, so no layer 3; give"):
         distill.run(config, Path(config.run_dir))
+    (folder / "run" / "prune").rename(tmp_path / "elsewhere")
+    for ways in ((), by_hand, (f"distill.init_from={tmp_path / 'elsewhere'}",)):
+        with pytest.raises(ConfigError, match="the student has 3 layers, so no layer 3; give"):
+            pipeline.run(_config(folder, objectives.replace("[2,4]", "[3,3]"), *ways))
     assert not (folder / "run" / "distill").exists()
 
 
