@@ -134,7 +134,8 @@ def _explain(error: BaseException) -> str:
             return (
                 f"{override}: the value can't be read; put text in quotes, '{key}=\"{value}\"', and close every bracket"
             )
-        return " ".join(str(error).partition("\nSee ")[0].split())
+        cause = str(chain[-1]).splitlines()[0] if len(chain) > 1 and str(chain[-1]) else ""
+        return ": ".join(filter(None, [" ".join(str(error).partition("\nSee ")[0].split()), cause]))
     file = re.match(r"In '((?:recipe|cluster)/[^']+)'", str(error))
     return (f"{file[1]}.yaml: " if file else "") + _explain_key(found, str(error))
 
@@ -149,6 +150,8 @@ def _explain_key(found: OmegaConfBaseException, around: str) -> str:
     )
     if inside:
         key = f"{outside[1] if outside else 'data.*'}: {key}"
+    elif outside and found.object_type is list and "." not in key:  # a list in an element of a list
+        key = f"{outside[1]}: {key}"
     if isinstance(found, ConfigKeyError):
         names = [f.name for f in fields(found.object_type)] if inside and found.object_type else _keys(CompressConfig)
         return f"{key}: no such key{_closest(str(found.full_key), names)}; " + (
@@ -186,6 +189,8 @@ def _rule_of(hint: Any) -> str | None:
         list[str]: "a list of names, such as [activation,taylor]",
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
+        list[TermConfig]: "a list of terms, such as [{objective: forward_kl}]",
+        list[list[int]]: "a list of [student, teacher] pairs of layers, such as [[-1,-1]]",
         list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
         list[TermConfig]: "a list of terms, such as [{objective: forward_kl}]",
         SourceConfig: "a source, such as {path: my.jsonl}",

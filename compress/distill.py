@@ -18,6 +18,7 @@ from torch import nn
 
 from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
+from compress.capture import check_models, listening, make_projections
 from compress.errors import Interrupted, NumericalError
 from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model
@@ -59,14 +60,17 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
-        teacher = Teacher(load_model(teacher_path, dtype, trust))
+        terms = settings.objectives
+        teacher = Teacher(load_model(teacher_path, dtype, trust), listening(terms, to_teacher=True))
         model = load_model(student_path, torch.float32, trust)
+        check_models(terms, model, teacher.model)
         if settings.recompute:
             recompute_layers(model)
         if settings.compile:
             compile_layers(teacher.model)
             compile_layers(model)
-        student = StudentModule(model).train()
+        widths = model.config.hidden_size, teacher.model.config.hidden_size
+        student = StudentModule(model, make_projections(terms, *widths, config.seed)).train()
         shard(student, decoder_layers(model), mesh, dtype)
         optimizer = optimizer_of(student, settings)
         folder = run_dir / "distill" / "checkpoints"

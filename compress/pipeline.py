@@ -30,17 +30,19 @@ from compress.artifacts import (
     run_lock,
     write_json,
 )
+from compress.capture import check_terms
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
-from compress.families import add_families
-from compress.folders import read_model
+from compress.families import Family, add_families
+from compress.folders import read_config, read_model
 from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
+from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import round_config
-from compress.settings import CompressConfig, PruneConfig, Stage, set_name
+from compress.settings import BUDGET, CompressConfig, PruneConfig, Stage, set_name
 from compress.sources import local_files
 
 log = logging.getLogger(__name__)
@@ -265,6 +267,8 @@ def _check_models(config: CompressConfig) -> None:
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     check_usable(teacher, trust)
+    if needs_hidden_states(config.distill.objectives):
+        check_terms(config.distill.objectives, *_known_of(config))
     for key, folder in (("distill.init_from", config.distill.init_from), ("prune.source", config.prune.source)):
         if not folder:
             continue
@@ -276,6 +280,21 @@ def _check_models(config: CompressConfig) -> None:
             check_vocabulary(teacher, student, trust)
         except ConfigError as error:
             raise ConfigError(f"{key}={student}: {error}") from error
+
+
+def _known_of(config: CompressConfig) -> tuple[list[Family], list[int | None]]:
+    """Family and number of layers of (student, teacher), the student's as far as the settings say."""
+    trust = config.teacher.trust_remote_code
+    teacher = read_config(teacher_of(config), trust)
+    elsewhere, prune = config.distill.init_from, config.prune
+    student = read_config(Path(elsewhere).expanduser() if elsewhere else source_of(config), trust)
+    count = student.shape.num_hidden_layers
+    layers: int | None = count
+    if not elsewhere and prune.removed_layers is not None:
+        layers = count - len(prune.removed_layers)
+    elif not elsewhere and (prune.num_hidden_layers or any(getattr(prune, key) is not None for key in BUDGET)):
+        layers = prune.num_hidden_layers
+    return [student.family, teacher.family], [layers, teacher.shape.num_hidden_layers]
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:

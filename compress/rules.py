@@ -12,11 +12,14 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
 from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, TermConfig, set_name
+
+if TYPE_CHECKING:
+    from compress.objectives.table import Objective
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
@@ -255,7 +258,7 @@ def _check_objectives(config: CompressConfig) -> None:
     terms = config.distill.objectives
     if terms == [TermConfig()]:
         return
-    from compress.objectives.table import OBJECTIVES  # torch takes seconds, and most runs have the default
+    from compress.objectives.table import OBJECTIVES, needs_hidden_states  # brings torch, which takes seconds
 
     if not terms:
         raise ConfigError("distill.objectives is empty; give one term at least, such as [{objective: forward_kl}]")
@@ -269,14 +272,7 @@ def _check_objectives(config: CompressConfig) -> None:
             value = getattr(term, key)
             if value is not None and not _positive(value):
                 raise ConfigError(f"{here}.{key}={value} must be a positive number")
-        objective = OBJECTIVES[term.objective]
-        for key, (holds, text) in _OPTION_RULES.items():
-            value = getattr(term, key)
-            if value is not None and key not in objective.options:
-                own = f"it takes {', '.join(objective.options)}" if objective.options else "it takes none"
-                raise ConfigError(f"{here}.{key}={value} is no option of {term.objective}; {own}: leave it null")
-            if value is not None and not holds(value):
-                raise ConfigError(f"{here}.{key}={value} must be {text}")
+        _check_options(here, term, OBJECTIVES[term.objective])
         low, high = term.lower_quantile or 0.0, 1.0 if term.upper_quantile is None else term.upper_quantile
         if low >= high:
             raise ConfigError(f"{here}: lower_quantile={low} must be below upper_quantile={high}")
@@ -284,6 +280,37 @@ def _check_objectives(config: CompressConfig) -> None:
             raise ConfigError(f"{here}.k={term.k}: bild compares pairs; give 2 or more")
     if not any(term.weight or term.weight_end for term in terms):
         raise ConfigError("distill.objectives: every weight is 0, so there is nothing to learn; give one a weight")
+    hidden = next((term.objective for term in terms if needs_hidden_states([term])), None)
+    if hidden and config.distill.compile:
+        raise ConfigError(
+            f"distill.compile=true can't be combined with {hidden} in distill.objectives: compiled layers don't say "
+            "what is inside them; set distill.compile=false"
+        )
+    if hidden and config.search.num_tokens:
+        raise ConfigError(
+            f"search.num_tokens={config.search.num_tokens:g} distils candidates of several shapes from recorded "
+            f"logits, which {hidden} in distill.objectives can't take; set search.num_tokens=0, or leave it out"
+        )
+
+
+def _check_options(here: str, term: TermConfig, objective: Objective) -> None:
+    """A term's options are its objective's, and within their range."""
+    unused = [f.name for f in fields(TermConfig)[_COMMON:] if f.name not in objective.options]
+    unused += ["temperature", "temperature_end", "squared"] if objective.hidden else []
+    for name in unused:
+        value = getattr(term, name)
+        if value != getattr(TermConfig(), name):
+            has = f"its options are {', '.join(objective.options)}" if objective.options else "it has no options"
+            raise ConfigError(f"{here}.{name}={value} is not for {term.objective}: {has}; leave {name} out")
+    for key, (holds, text) in _OPTION_RULES.items():
+        value = getattr(term, key)
+        if value is not None and not holds(value):
+            raise ConfigError(f"{here}.{key}={value} must be {text}")
+    if term.layers is not None and (not term.layers or any(len(pair) != 2 for pair in term.layers)):
+        raise ConfigError(
+            f"{here}.layers={term.layers} must be [student, teacher] pairs, such as [[-1, -1]], or null for the last "
+            "of each"
+        )
 
 
 def _check_batches(config: CompressConfig) -> None:
@@ -298,6 +325,9 @@ def _check_batches(config: CompressConfig) -> None:
             f"distill.num_tokens={distill.num_tokens} is less than one step of distill.global_batch_size * "
             f"data.sequence_length = {distill.global_batch_size * length} tokens; give it more, or a smaller batch"
         )
+
+
+_COMMON = [f.name for f in fields(TermConfig)].index("squared") + 1  # the fields that every objective has come first
 
 
 def _check_sources(split: str, sources: list[SourceConfig]) -> None:

@@ -99,6 +99,11 @@ class ObjectiveName(StrEnum):
     dynamic_kl = "dynamic_kl"
     cross_entropy = "cross_entropy"
     label_smoothing = "label_smoothing"
+    hidden_cosine = "hidden_cosine"
+    hidden_mse = "hidden_mse"
+    minilm_attention = "minilm_attention"
+    minilm_value = "minilm_value"
+    embedding_mse = "embedding_mse"
 
 
 @dataclass
@@ -120,6 +125,7 @@ class TermConfig:
     upper_quantile: float | None = None
     smoothing: float | None = None
     max_temperature: float | None = None
+    layers: list[list[int]] | None = None  # [student, teacher] pairs, from 0, negative from the end; none = the last
 
 
 @dataclass

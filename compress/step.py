@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from compress.capture import listening, recording
 from compress.families import family_of_config
 from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Signal, Targets, chunked_loss
-from compress.objectives.table import OBJECTIVES
+from compress.objectives.hidden import Inside
+from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
 from compress.parallel import ALONE, Ranks
 from compress.tokens import TokenBatch
@@ -105,22 +107,45 @@ def _paired(mask_BT: Tensor) -> Tensor:
 class StudentModule(nn.Module):
     """Trunk, head and objectives in one forward, to be wrapped by `parallel.shard`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, projections: nn.ParameterDict | None = None) -> None:
         super().__init__()
         self.model = model
+        self.projections = nn.ParameterDict() if projections is None else projections  # trained, never exported
 
     def forward(
         self, batch: TokenBatch, signal: Signal, terms: Sequence[Term], scales: Sequence[float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(the scaled sum to differentiate, each term's own sum (K,), the final hidden states (N, D), detached)."""
-        hidden_ND = trunk(self.model, batch)[batch.loss_mask]
+        with recording(self.model, listening(terms, to_teacher=False), batch.loss_mask) as recorded:
+            hidden_ND = trunk(self.model, batch)[batch.loss_mask]
+        of_logits = [n for n, term in enumerate(terms) if not needs_hidden_states([term])]
+        if of_logits or not terms:
+            chosen = [terms[n] for n in of_logits], [scales[n] for n in of_logits]
+            loss, sums = self._of_logits(batch, hidden_ND, signal, *chosen)
+        else:  # the final states go into the loss all the same: every unit of FSDP2 must meet its backward
+            loss, sums = 0 * hidden_ND.sum(dtype=torch.float32), hidden_ND.new_zeros(0, dtype=torch.float32)
+        if len(of_logits) == len(terms):
+            return loss, sums, hidden_ND.detach()
+        assert isinstance(signal, DenseSignal)
+        assert signal.recorded is not None, "the teacher was not asked to listen"
+        inside = Inside(recorded, signal.recorded, self.projections, batch.position_ids, batch.loss_mask)
+        found = dict(zip(of_logits, sums, strict=True))
+        for number, (term, scale) in enumerate(zip(terms, scales, strict=True)):
+            function = OBJECTIVES[term.objective].inside
+            if function is not None:
+                value = function(inside, term)
+                loss, found[number] = loss + scale * value, value.detach()
+        return loss, torch.stack([found[number] for number in range(len(terms))]), hidden_ND.detach()
+
+    def _of_logits(
+        self, batch: TokenBatch, hidden_ND: Tensor, signal: Signal, terms: Sequence[Term], scales: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
         targets = targets_of(batch, pairs=any(OBJECTIVES[term.objective].pairs for term in terms))
         head = output_head(self.model)
         if isinstance(signal, DenseSignal):
             head, theirs = without_padding(head, signal.head)
             signal = replace(signal, head=theirs)
-        loss, sums_K = chunked_loss(hidden_ND, head, signal, targets, terms, scales)
-        return loss, sums_K, hidden_ND.detach()
+        return chunked_loss(hidden_ND, head, signal, targets, terms, scales)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.artifacts import fingerprint, open_tensors, save_tensors
+from compress.capture import Listening, recording
 from compress.models import OutputHead, output_head
 from compress.objectives.chunked import DenseSignal
 from compress.step import trunk
@@ -19,10 +20,14 @@ from compress.tokens import TokenBatch
 
 
 class Teacher:
-    """The frozen model that is distilled from; not an nn.Module, so that it is in nobody's parameters or state."""
+    """The frozen model that is distilled from; not an nn.Module, so that it is in nobody's parameters or state.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Its signals carry what `listening` asks for of its inside.
+    """
+
+    def __init__(self, model: PreTrainedModel, listening: Listening | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.listening = listening or Listening()
 
     def answers(self, batch: TokenBatch) -> bool:
         return True
@@ -30,7 +35,9 @@ class Teacher:
     @torch.no_grad()
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """The trunk's forward without the head; the head runs chunk by chunk inside the objective."""
-        return DenseSignal(trunk(self.model, batch)[batch.loss_mask], output_head(self.model))
+        with recording(self.model, self.listening, batch.loss_mask) as recorded:
+            hidden_NE = trunk(self.model, batch)[batch.loss_mask]
+        return DenseSignal(hidden_NE, output_head(self.model), recorded if self.listening else None)
 
 
 class RecordedTeacher(Teacher):

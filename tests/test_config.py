@@ -70,6 +70,9 @@ def test_a_wrong_type_is_answered_with_the_key_its_value_and_the_type(hint: Any,
         ("data.train=[{weight: 1}]", ("data.train[0].path must be set", "data.train=[{path: my.jsonl}]")),
         ("data.train.0.path=x", ("data.train.0.path: a list is set as a whole", "data.train=[{path:")),
         ("prune.removed_layers=[1,x]", ("prune.removed_layers[1]=x must be a whole number",)),
+        ("distill.objectives=[{objective: hidden_mse, layers: 5}]", ("layers=5 must be a list of [student, teacher]",)),
+        ("distill.objectives=[{objective: hidden_mse, layers: [1]}]", ("distill.objectives", "int is not a List")),
+        ("distill.objectives=[{objectiv: bild}]", ("distill.objectives: objectiv: no such key", "objective")),
         ("teacher=x", ("teacher=x must be a section", "trust_remote_code")),
         ("distill={num_tokens: 5, lr: 1}", ("distill.lr: no such key",)),
         ("seed=[", ("seed=[: the value can't be read", "close every bracket")),
@@ -114,6 +117,13 @@ def test_a_setting_of_the_wrong_form_is_answered_with_the_right_one(override: st
         ("data.train=[{path: a, weight: -1}]", "data.train: weights [-1.0]"),
         ("data.validation=[{path: x/a.txt}, {path: y/a.jsonl}]", "data.validation: the names ['a', 'a'] must differ"),
         ("data.validation=[{path: a, name: b/c}]", "data.validation name='b/c'"),
+        ("distill.objectives=[{k: 4}]", "distill.objectives[0].k=4 is not for forward_kl: it has no options; leave k"),
+        ("distill.objectives=[{},{objective: bild, beta: 0.5}]", "objectives[1].beta=0.5 is not for bild: its options"),
+        ("distill.objectives=[{layers: [[0,0]]}]", "distill.objectives[0].layers=[[0, 0]] is not for forward_kl"),
+        ("distill.objectives=[{objective: hidden_mse, temperature: 2}]", "[0].temperature=2.0 is not for hidden_mse"),
+        ("distill.objectives=[{objective: minilm_value, squared: true}]", "[0].squared=True is not for minilm_value"),
+        ("distill.objectives=[{objective: hidden_mse, layers: [[1]]}]", "[0].layers=[[1]] must be [student, teacher]"),
+        ("distill.objectives=[{objective: hidden_mse, layers: []}]", "[0].layers=[] must be [student, teacher] pairs"),
         ("name=a/b", "name=a/b becomes a folder"),
         ("run_dir=", "run_dir= is empty"),
         ("teacher.path=", "teacher.path= is empty"),
@@ -121,6 +131,19 @@ def test_a_setting_of_the_wrong_form_is_answered_with_the_right_one(override: st
 )
 def test_a_broken_rule_is_answered_with_key_value_and_rule(override: str, rule: str) -> None:
     assert rule in message("recipe=tiny", override)
+
+
+def test_objectives_inside_the_models_refuse_what_has_no_inside() -> None:
+    terms = "distill.objectives=[{},{objective: hidden_cosine}]"
+    assert "distill.compile=true can't be combined with hidden_cosine" in message(
+        "recipe=tiny", terms, "distill.compile=true"
+    )
+    open_shape = ("prune.num_hidden_layers=null", "prune.intermediate_size=null", "prune.max_parameters=100k")
+    search = ("search.num_candidates=2", "search.num_tokens=4096")
+    found = message("recipe=tiny", terms, *open_shape, *search)
+    assert "search.num_tokens=4096 distils candidates" in found
+    assert "hidden_cosine" in found
+    assert load_config("recipe=tiny", terms).distill.objectives[1].layers is None
 
 
 def test_a_missing_recipe_or_setting_lists_what_there_is() -> None:
@@ -256,8 +279,8 @@ def test_what_is_no_size_is_refused(written: str) -> None:
         ("[{weight: 0}]", "every weight is 0"),
         ("[{},{temperature: 0}]", "distill.objectives[1].temperature=0.0 must be a positive number"),
         ("[{temperature_end: nan}]", "temperature_end=nan must be a positive number"),
-        ("[{k: 8}]", "k=8 is no option of forward_kl; it takes none"),
-        ("[{objective: skew_kl, beta: 0.5}]", "beta=0.5 is no option of skew_kl; it takes skew"),
+        ("[{k: 8}]", "k=8 is not for forward_kl: it has no options"),
+        ("[{objective: skew_kl, beta: 0.5}]", "beta=0.5 is not for skew_kl: its options are skew"),
         ("[{objective: skew_kl, skew: 1}]", "skew=1.0 must be within 0 and 1, 1 excluded"),
         ("[{objective: bild, k: 1}]", "bild compares pairs; give 2 or more"),
         ("[{objective: top_k_kl, k: 0}]", "k=0 must be at least 1"),

@@ -77,6 +77,74 @@ def test_resume_is_bit_identical(upstream: Path, tmp_path: Path, optimizer: str)
     assert [row["step"] for row in ours] == [1, 2, 3, 4]
 
 
+INSIDE = (
+    "prune.hidden_size=48",
+    "prune.intermediate_size=null",
+    "distill.objectives=[{},{objective: hidden_cosine, layers: [[0,0],[-1,-1]]},{objective: minilm_attention},"
+    "{objective: minilm_value},{objective: embedding_mse, weight: 0.1}]",
+)
+
+
+@pytest.fixture(scope="module")
+def narrow(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, its student narrower than its teacher."""
+    folder = _copy(upstream, tmp_path_factory.mktemp("narrow"))
+    shutil.rmtree(folder / "run" / "prune")
+    pipeline.run(_config(folder, "stage=prune", *INSIDE))
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_projections_train_resume_exactly_and_are_not_exported(narrow: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = (*INSIDE, f"distill.optimizer={optimizer}")
+    whole, cut = _copy(narrow, tmp_path / "whole"), _copy(narrow, tmp_path / "cut")
+    expected = _train(whole, *settings)
+    _train(cut, *settings)
+    names = [f"projections.{name}" for name in ("layer_0_to_0", "layer_-1_to_-1", "embedding")]
+    first = _weights(whole, 1)
+    for name in names:
+        assert not torch.equal(expected[f"model/{name}"], first[f"model/{name}"]), f"{name} is trained"
+        assert f"optimizer/{name}/exp_avg" in expected, "by AdamW"
+    for step in (3, 4):
+        shutil.rmtree(cut / "run" / "distill" / "checkpoints" / f"step_{step:08d}")
+    torch.manual_seed(99)
+    again = _train(cut, *settings)
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+    rows = _rows(whole)
+    assert rows[-1]["terms"].keys() == {"forward_kl", "hidden_cosine", "minilm_attention", "minilm_value",
+                                        "embedding_mse"}  # fmt: skip
+    for name in ("hidden_cosine", "embedding_mse"):
+        assert rows[-1]["terms"][name] < rows[0]["terms"][name]
+    pipeline.run(_config(whole, "stage=distill", *settings))  # nothing is left to do but its manifest
+    pipeline.run(_config(whole, "stage=export", "export.dtype=float32", *settings))
+    exported = load_file(whole / "run" / "export" / "model.safetensors")
+    start = load_file(whole / "run" / "prune" / "model.safetensors")
+    assert exported.keys() == start.keys(), "the student's own tensors and no others"
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, expected[f"model/model.{name}"]), name
+
+
+def test_a_layer_that_is_not_there_is_refused_before_any_work(upstream: Path, tmp_path: Path) -> None:
+    folder = _copy(upstream, tmp_path / "a")
+    shutil.rmtree(folder / "run" / "score")
+    objectives = "distill.objectives=[{},{objective: hidden_mse, layers: [[2,4]]}]"
+    with pytest.raises(
+        ConfigError, match=r"objectives\[1\].layers=\[\[2, 4\]\] of hidden_mse: the teacher has 4 layers"
+    ):
+        pipeline.run(_config(folder, objectives))
+    assert not (folder / "run" / "score").exists()
+    config = _config(folder, objectives.replace("[2,4]", "[3,3]"))
+    by_hand = ("prune.num_hidden_layers=null", "prune.removed_layers=[1]")
+    with pytest.raises(ConfigError, match="the student has 3 layers, so no layer 3; give"):
+        distill.run(config, Path(config.run_dir))
+    (folder / "run" / "prune").rename(tmp_path / "elsewhere")
+    for ways in ((), by_hand, (f"distill.init_from={tmp_path / 'elsewhere'}",)):
+        with pytest.raises(ConfigError, match="the student has 3 layers, so no layer 3; give"):
+            pipeline.run(_config(folder, objectives.replace("[2,4]", "[3,3]"), *ways))
+    assert not (folder / "run" / "distill").exists()
+
+
 @pytest.mark.slow
 def test_compiled_layers_train_alike_and_resume_exactly(upstream: Path, tmp_path: Path) -> None:
     eager, compiled = _copy(upstream, tmp_path / "eager"), _copy(upstream, tmp_path / "compiled")

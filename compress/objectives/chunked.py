@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.models import OutputHead, logits_of
 from compress.objectives.forward_kl import block_rows, forward_kl_
+from compress.objectives.hidden import Recorded
 from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import Rows, SparseRows, Term
 
@@ -28,11 +29,13 @@ CHUNK_BYTES = 192 << 20  # of the student's and the teacher's logits together
 class DenseSignal:
     """A teacher's final hidden states (N, E) at the loss tokens, to be put through its own head chunk by chunk.
 
-    Handing over hidden states instead of logits is V / E times less memory and loses nothing.
+    Handing over hidden states instead of logits is V / E times less memory and loses nothing. `recorded` is what else
+    its forward kept, where a term asks for it.
     """
 
     hidden_NE: Tensor
     head: OutputHead
+    recorded: Recorded | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def _blockwise_(
                 rows = _rows(student_CV, teacher_CV, targets, slice(start, last), term.temperature)
                 made[term.temperature, last] = rows
             if sparse is None or objective.labels_only:
+                assert objective.function is not None, f"{term.objective} isn't one of logits"
                 loss_R, term_RV = objective.function(rows, term)
             else:
                 loss_R, term_RV = objective.sparse[sparse.kind](_sparse_rows(rows, sparse, slice(start, last)), term)

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from compress.objectives import divergences, partial
+from torch import Tensor
+
+from compress.objectives import divergences, hidden, partial
 from compress.objectives.divergences import Result
+from compress.objectives.hidden import Inside
 from compress.objectives.terms import Rows, SparseRows, Term
 
 
@@ -24,17 +28,32 @@ class Objective:
         labels_only: no teacher is asked.
         pairs: of neighbouring tokens; its mean is over those.
         detached: a weight in it depends on the student and carries no gradient, which is then not the value's slope.
+        hidden: what it needs of both models' forwards, `outputs` of layers, `attention` or `embedding`; None for an
+            objective of logits.
+        inside: from that, in place of `function`.
     """
 
     formula: str
     source: str
     use: str
-    function: Callable[[Rows, Term], Result]
+    function: Callable[[Rows, Term], Result] | None = None
     sparse: Mapping[str, Callable[[SparseRows, Term], Result]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     labels_only: bool = False
     pairs: bool = False
     detached: bool = False
+    hidden: str | None = None
+    inside: Callable[[Inside, Term], Tensor] | None = None
+
+
+class AnyTerm(Protocol):
+    """A term or its settings: which objective, of which [student, teacher] layers."""
+
+    @property
+    def objective(self) -> str: ...
+
+    @property
+    def layers(self) -> Sequence[Sequence[int]] | None: ...
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -143,4 +162,48 @@ OBJECTIVES: dict[str, Objective] = {
         divergences.label_smoothing,
         options=("smoothing",),
     ),
+    "hidden_cosine": Objective(
+        "1 − cos(W h, h′), h and h′ outputs of mapped layers, W learned where widths differ",
+        "Minitron, arXiv 2407.14679, table 17",
+        "beside a KL after many layers were removed; [[-3, -3]] in Minitron, no gain after width pruning",
+        options=("layers",),
+        hidden="outputs",
+        inside=hidden.hidden_cosine,
+    ),
+    "hidden_mse": Objective(
+        "‖W h − h′‖² / width",
+        "Minitron, arXiv 2407.14679, table 17",
+        "as hidden_cosine; a few large channels of the teacher decide, so weight it down",
+        options=("layers",),
+        hidden="outputs",
+        inside=hidden.hidden_mse,
+    ),
+    "minilm_attention": Objective(
+        "mean over heads of KL(softmax(Q′K′ᵀ/√d′) ‖ softmax(QKᵀ/√d)), of the last layer unless said otherwise",
+        "MiniLM, arXiv 2002.10957, section 3.1; heads of unequal number split as in MiniLMv2, arXiv 2012.15828",
+        "beside a KL, for a student of another width and depth; no gain in Minitron",
+        options=("layers",),
+        hidden="attention",
+        inside=hidden.minilm_attention,
+    ),
+    "minilm_value": Objective(
+        "mean over heads of KL(softmax(V′V′ᵀ/√d′) ‖ softmax(VVᵀ/√d)), causal within a document",
+        "MiniLM, arXiv 2002.10957, section 3.2; causal is ours",
+        "beside minilm_attention, as MiniLM's second half",
+        options=("layers",),
+        hidden="attention",
+        inside=hidden.minilm_value,
+    ),
+    "embedding_mse": Objective(
+        "‖W e − e′‖² / width, e and e′ input embeddings of the tokens",
+        "Minitron, arXiv 2407.14679, table 17",
+        "beside a KL and hidden_cosine, after many layers were removed",
+        hidden="embedding",
+        inside=hidden.embedding_mse,
+    ),
 }
+
+
+def needs_hidden_states(terms: Sequence[AnyTerm]) -> bool:
+    """Whether any term looks inside the models, which only a teacher that runs can answer."""
+    return any(OBJECTIVES[term.objective].hidden for term in terms)

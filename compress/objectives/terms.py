@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -25,6 +26,8 @@ class Term:
     upper_quantile: float = 1.0
     smoothing: float = 0.5  # label_smoothing: the teacher's share of the target
     max_temperature: float = 3.0  # dynamic_kl: of a token that the teacher is sure of, as a multiple of temperature
+    # hidden_*, minilm_*: [student, teacher] pairs of layers, from 0, negative from the end; None: the last of each
+    layers: Sequence[Sequence[int]] | None = None
 
     @property
     def factor(self) -> float:

@@ -13,6 +13,24 @@ TEACHER = [[4.0, 2.5, 1.0, 0.5, 0.0, -0.5, -1.5, -3.0], [0.2, 3.1, -0.7, 2.9, 0.
 STUDENT = [[2.0, 2.6, 0.3, 1.1, -0.4, 0.2, -1.0, -2.5], [0.9, 1.8, 0.1, 2.2, -0.3, -1.2, 2.0, -0.6]]
 PREVIOUS = [[1.5, 2.2, 0.1, 0.9, -0.2, 0.0, -0.8, -2.0], [0.6, 1.1, 0.3, 1.9, -0.1, -0.9, 1.4, -0.2]]
 LABELS = [0, 3]
+# Of two heads and three tokens; 4 channels a head of the teacher, 2 of the student.
+MINILM = {
+    "Q_t": [
+        [[0.1, 0.974, -0.351, -0.883], [0.578, 0.734, -0.768, -0.537], [0.906, 0.303, -0.984, -0.05]],
+        [[0.997, -0.207, -0.943, 0.45], [0.827, -0.664, -0.656, 0.833], [0.442, -0.947, -0.198, 0.998]],
+    ],
+    "K_t": [
+        [[0.644, 0.675, -0.818, -0.465], [0.938, 0.223, -0.995, 0.034], [0.987, -0.288, -0.913, 0.523]],
+        [[0.778, -0.723, -0.591, 0.876], [0.366, -0.97, -0.116, 1.0], [-0.142, -0.963, 0.39, 0.863]],
+    ],
+    "V_t": [
+        [[0.964, 0.141, -1.0, 0.117], [0.97, -0.366, -0.875, 0.592], [0.723, -0.778, -0.522, 0.913]],
+        [[0.287, -0.987, -0.033, 0.995], [-0.224, -0.938, 0.465, 0.818], [-0.676, -0.644, 0.842, 0.427]],
+    ],
+    "Q_s": [[[0.389, 0.863], [-0.612, -0.706], [0.794, 0.501]], [[-0.923, -0.263], [0.991, 0.008], [-0.993, 0.248]]],
+    "K_s": [[[0.891, 0.335], [-0.978, -0.083], [0.999, -0.174]], [[-0.954, 0.42], [0.846, -0.638], [-0.681, 0.814]]],
+    "V_s": [[[0.808, -0.688], [-0.631, 0.85], [0.412, -0.957]], [[-0.166, 0.999], [-0.092, -0.976], [0.343, 0.887]]],
+}
 
 
 def softmax(logits, temperature=1.0):
@@ -72,6 +90,21 @@ def entropy_weight(p):
     return float(-(p * np.log(p)).sum() / np.log(len(p)))
 
 
+def relation(left, right):
+    """Every head's softmax over the tokens up to the row's own."""
+    found = []
+    for one, other in zip(np.array(left), np.array(right), strict=True):
+        scores = one @ other.T / np.sqrt(one.shape[1])
+        found.append([softmax(scores[row, : row + 1]) for row in range(len(scores))])
+    return found
+
+
+def relation_kl(teacher, student):
+    """Mean over heads and tokens."""
+    rows = [kl(p, q) for one, other in zip(teacher, student, strict=True) for p, q in zip(one, other, strict=True)]
+    return sum(rows) / len(rows)
+
+
 if __name__ == "__main__":
     teacher, student = np.array(TEACHER), np.array(STUDENT)
     p, q, previous = softmax(TEACHER), softmax(STUDENT), softmax(PREVIOUS, 3.0)
@@ -113,5 +146,9 @@ if __name__ == "__main__":
             "entropy_weight": [entropy_weight(row) for row in q],
             "entropy_weight of the previous": [entropy_weight(row) for row in softmax(PREVIOUS)],
         },
+    }
+    values["minilm"] = MINILM | {
+        "attention": relation_kl(relation(MINILM["Q_t"], MINILM["K_t"]), relation(MINILM["Q_s"], MINILM["K_s"])),
+        "value": relation_kl(relation(MINILM["V_t"], MINILM["V_t"]), relation(MINILM["V_s"], MINILM["V_s"])),
     }
     Path(__file__).with_name("objectives.json").write_text(json.dumps(values, indent=1) + "\n")
