@@ -19,15 +19,15 @@ from torch import nn
 from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
 from compress.errors import ConfigError, Interrupted, NumericalError
-from compress.inputs import start_of, teacher_of
+from compress.inputs import open_cache, start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
 from compress.schedules import learning_rate_factor
-from compress.settings import CompressConfig
-from compress.step import StudentModule, accumulate_gradients
-from compress.teacher import Teacher
+from compress.settings import CompressConfig, TeacherMode
+from compress.step import StudentModule, TeacherSource, accumulate_gradients
+from compress.teacher import CachedTeacher, Teacher
 from compress.tokens import SequenceOrder, TokenSet
 from compress.training import (
     micro_batches,
@@ -58,17 +58,16 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
-        teacher = Teacher(load_model(teacher_path, dtype, trust))
+        teacher, vocab_size = _teacher(config, run_dir, order, dtype)
         model = load_model(student_path, torch.float32, trust)
-        if model.config.vocab_size != teacher.model.config.vocab_size:
+        if model.config.vocab_size != vocab_size:
             raise ConfigError(
                 f"vocab_size of student {student_path} is {model.config.vocab_size}, of teacher {teacher_path} "
-                f"{teacher.model.config.vocab_size}: logits are compared id by id; give both the same vocabulary rows"
+                f"{vocab_size}: logits are compared id by id; give both the same vocabulary rows"
             )
         if settings.recompute:
             recompute_layers(model)
         if settings.compile:
-            compile_layers(teacher.model)
             compile_layers(model)
         student = StudentModule(model).train()
         shard(student, decoder_layers(model), mesh, dtype)
@@ -82,10 +81,23 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         _train(config, student, teacher, optimizer, data, order, range(start, max_steps), folder, metrics)
 
 
+def _teacher(
+    config: CompressConfig, run_dir: Path, order: SequenceOrder, dtype: torch.dtype
+) -> tuple[TeacherSource, int]:
+    """Who is distilled from, and the size of its vocabulary. Of a cached teacher no weights are read."""
+    if config.teacher.mode is TeacherMode.cached:
+        cache = open_cache(config, run_dir, order)
+        return CachedTeacher(cache), cache.form.vocab_size
+    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code)
+    if config.distill.compile:
+        compile_layers(model)
+    return Teacher(model), model.config.vocab_size
+
+
 def _train(
     config: CompressConfig,
     student: nn.Module,
-    teacher: Teacher,
+    teacher: TeacherSource,
     optimizer: LocalOptimizer,
     data: TokenSet,
     order: SequenceOrder,

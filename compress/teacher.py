@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from compress.artifacts import fingerprint, open_tensors, save_tensors
 from compress.models import output_head
-from compress.objectives.chunked import DenseSignal
+from compress.objectives.chunked import DenseSignal, SparseSignal
+from compress.signals import SignalCache
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -45,3 +46,17 @@ class RecordedTeacher(Teacher):
         if not path.exists():
             save_tensors(path, {"hidden": super().signal(batch).hidden_NE})
         return DenseSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
+
+
+class CachedTeacher:
+    """A teacher of which only a cache is there; its weights are never loaded."""
+
+    def __init__(self, cache: SignalCache) -> None:
+        self.cache = cache
+
+    def answers(self, batch: TokenBatch) -> bool:
+        return True
+
+    def signal(self, batch: TokenBatch) -> SparseSignal:
+        """Raises ArtifactError for a sequence that the cache doesn't hold."""
+        return self.cache.read(batch)
