@@ -136,6 +136,28 @@ def _gradients(signal: Signal, student: torch.Tensor, head: torch.Tensor) -> tor
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, [student, head])]).double()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_loss_of_a_sample_is_its_formula(temperature: float, chunk: int | None) -> None:
+    """Value and gradients against autograd, in the path of its own (temperature 1) and in the general one."""
+    form = Form("sample", 7, 90)
+    signal = _said(0, *_random(8, 90, seed=1), form)
+    hidden, student_head = _random(8, 90, seed=2)
+    inputs = [hidden.double().requires_grad_(), student_head.weight_VD.double().requires_grad_()]
+    none = torch.zeros(8, dtype=torch.int64)
+    term = Term("forward_kl", temperature=temperature)
+    loss, sums = chunked_loss(
+        inputs[0], OutputHead(inputs[1]), signal, Targets(none, none.bool()), [term], [0.3], chunk_tokens=chunk
+    )
+    log_q = (inputs[0] @ inputs[1].T / temperature).log_softmax(-1)
+    taken = (signal.probabilities_NK.double() * log_q.gather(-1, signal.ids_NK)).sum()
+    expected = -taken - signal.entropy_N.double().sum()
+    torch.testing.assert_close(sums[0], expected.detach())
+    theirs = torch.autograd.grad(0.3 * expected, inputs)
+    for mine, other in zip(torch.autograd.grad(loss, inputs), theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_the_gradient_is_unbiased_and_its_error_falls_as_the_root_of_the_draws() -> None:
     """In 20 fixed directions the mean over caches lies within 4 standard errors of the dense gradient; the error of a
     mean of M caches is 1 / sqrt(M) of one's, and so is that of M times as many draws."""
@@ -257,7 +279,7 @@ def test_keys_are_of_content(cached_source: Path) -> None:
 
 
 def test_a_killed_stage_goes_on_to_the_same_bytes(
-    spawn: Callable[..., subprocess.Popen[str]], run: Run, finished: Path, cached_source: Path
+    spawn: Callable[..., subprocess.Popen[str]], cache: Path, finished: Path, cached_source: Path
 ) -> None:
     folder = finished / "cache"
     for later in ("distill", "export", "evaluate"):
@@ -270,11 +292,12 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
     process.wait()
     made = {f.name: f.stat().st_mtime_ns for f in folder.glob("shard-*.safetensors")}
     assert not (folder / "index.json").exists(), "it was killed before the end"
-    run(*SMALL, "stage=cache", "cache.micro_batch_size=1")
+    config = _config(cache, finished, "cache.micro_batch_size=1")
+    stage.run(config, finished)
     assert all((folder / name).stat().st_mtime_ns == at for name, at in made.items()), "whole shards were kept"
     again = _files(folder)
     shutil.rmtree(folder)
-    run(*SMALL, "stage=cache", "cache.micro_batch_size=1")
+    stage.run(config, finished)
     assert _files(folder) == again
     assert len(again) == len(_files(cached_source / "cache"))
 
