@@ -27,7 +27,7 @@ from compress.models import OutputHead
 from compress.objectives.chunked import DenseSignal, Signal, SparseSignal, Targets, chunked_loss
 from compress.objectives.terms import Term
 from compress.settings import CompressConfig
-from compress.signals import Form, Said, SignalCache, draw, keys_of, pack, say, unpack
+from compress.signals import Form, Said, SignalCache, draw, keys_of, pack, say, shard_facts, unpack
 from compress.teacher import CachedTeacher
 from compress.tokens import TokenBatch, TokenSet
 
@@ -57,7 +57,9 @@ def test_ids_are_drawn_as_often_as_their_weights_say(vocabulary: int) -> None:
     weights = torch.rand(1, -(-vocabulary // 256) * 256, generator=torch.Generator().manual_seed(1)) ** 3
     weights[:, vocabulary:] = 0
     if vocabulary > 2:
-        weights[:, [0, vocabulary - 1, *range(256, min(512, vocabulary - 2))]] = 0
+        weights[:, [0, vocabulary - 1]] = 0
+    if vocabulary > 512:
+        weights[:, :256] = 0
     uniforms = torch.rand(1, 200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-53])
     counts = torch.bincount(draw(weights.view(1, -1, 256), uniforms)[0], minlength=weights.shape[1]).double()
@@ -279,12 +281,12 @@ def test_keys_are_of_content(cached_source: Path) -> None:
 
 
 def test_a_killed_stage_goes_on_to_the_same_bytes(
-    spawn: Callable[..., subprocess.Popen[str]], cache: Path, finished: Path, cached_source: Path
+    spawn: Callable[..., subprocess.Popen[str]], cache: Path, finished: Path
 ) -> None:
-    folder = finished / "cache"
+    folder, longer = finished / "cache", ("distill.num_tokens=16384", "cache.micro_batch_size=1")
     for later in ("distill", "export", "evaluate"):
         shutil.rmtree(finished / later)
-    process = spawn(*SMALL, "stage=cache", "cache.micro_batch_size=1")
+    process = spawn(*SMALL, *longer, "stage=cache")
     while not list(folder.glob("shard-*.safetensors")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -292,19 +294,20 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
     process.wait()
     made = {f.name: f.stat().st_mtime_ns for f in folder.glob("shard-*.safetensors")}
     assert not (folder / "index.json").exists(), "it was killed before the end"
-    config = _config(cache, finished, "cache.micro_batch_size=1")
+    config = _config(cache, finished, *longer)
     stage.run(config, finished)
     assert all((folder / name).stat().st_mtime_ns == at for name, at in made.items()), "whole shards were kept"
     again = _files(folder)
     shutil.rmtree(folder)
     stage.run(config, finished)
     assert _files(folder) == again
-    assert len(again) == len(_files(cached_source / "cache"))
+    assert len(again) > 20
 
 
 def test_shards_of_other_settings_are_made_anew(cached: Path, cache: Path, cached_source: Path) -> None:
     stage.run(_config(cache, cached, "cache.num_samples=3", "cache.sequences_per_shard=4"), cached)
-    assert SignalCache(cached / "cache").form.size == 3
+    made = [shard_facts(file) or {} for file in (cached / "cache").glob("shard-*.safetensors")]
+    assert {(facts["made_by"]["size"], facts["sums"]["loss_tokens"] > 0) for facts in made} == {(3, True)}
     stage.run(_config(cache, cached), cached)
     assert _files(cached / "cache") == _files(cached_source / "cache"), "and nothing is left of the others"
 
