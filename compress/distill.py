@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from compress import checkpoint
 from compress.artifacts import disk_errors, write_atomic
 from compress.capture import check_models, listening, make_projections
-from compress.errors import Interrupted, NumericalError
-from compress.inputs import start_of, teacher_of
+from compress.errors import ConfigError, Interrupted, NumericalError
+from compress.inputs import open_cache, start_of, teacher_of
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.progress import about, track
 from compress.schedules import learning_rate_factor
-from compress.settings import CompressConfig
-from compress.step import StudentModule, accumulate_gradients
-from compress.teacher import Teacher
+from compress.settings import CompressConfig, TeacherMode
+from compress.step import StudentModule, TeacherSource, accumulate_gradients
+from compress.teacher import CachedTeacher, Teacher
 from compress.tokens import SequenceOrder, TokenSet
 from compress.training import (
     micro_batches,
@@ -61,16 +62,17 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
         terms = settings.objectives
-        teacher = Teacher(load_model(teacher_path, dtype, trust), listening(terms, to_teacher=True))
         model = load_model(student_path, torch.float32, trust)
-        check_models(terms, model, teacher.model)
+        teacher = _teacher(config, run_dir, order, dtype, model)
         if settings.recompute:
             recompute_layers(model)
         if settings.compile:
-            compile_layers(teacher.model)
             compile_layers(model)
-        widths = model.config.hidden_size, teacher.model.config.hidden_size
-        student = StudentModule(model, make_projections(terms, *widths, config.seed)).train()
+        projections = None
+        if isinstance(teacher, Teacher):
+            widths = model.config.hidden_size, teacher.model.config.hidden_size
+            projections = make_projections(terms, *widths, config.seed)
+        student = StudentModule(model, projections).train()
         shard(student, decoder_layers(model), mesh, dtype)
         optimizer = optimizer_of(student, settings)
         folder = run_dir / "distill" / "checkpoints"
@@ -82,10 +84,30 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         _train(config, student, teacher, optimizer, data, order, range(start, max_steps), folder, metrics)
 
 
+def _teacher(
+    config: CompressConfig, run_dir: Path, order: SequenceOrder, dtype: torch.dtype, student: PreTrainedModel
+) -> TeacherSource:
+    """Who is distilled from. Of a cached teacher no weights are read."""
+    terms = config.distill.objectives
+    if config.teacher.mode is TeacherMode.cached:
+        cache = open_cache(config, run_dir, order)
+        if student.config.vocab_size < cache.form.vocab_size:
+            raise ConfigError(
+                f"the student's vocab_size={student.config.vocab_size} is less than the {cache.form.vocab_size} of the "
+                "cached teacher, whose padding may have been drawn; set teacher.mode=online"
+            )
+        return CachedTeacher(cache)
+    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code)
+    check_models(terms, student, model)
+    if config.distill.compile:
+        compile_layers(model)
+    return Teacher(model, listening(terms, to_teacher=True))
+
+
 def _train(
     config: CompressConfig,
     student: nn.Module,
-    teacher: Teacher,
+    teacher: TeacherSource,
     optimizer: LocalOptimizer,
     data: TokenSet,
     order: SequenceOrder,

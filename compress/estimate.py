@@ -15,7 +15,7 @@ from compress.embedded import resolve
 from compress.folders import read_model
 from compress.inputs import source_of
 from compress.parallel import resolve_dtype
-from compress.settings import CompressConfig, Stage
+from compress.settings import CompressConfig, Stage, TeacherMode
 from compress.sources import local_files
 from compress.targets import given_sizes
 
@@ -59,6 +59,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         tokens = config.prune.compensate_sequences * length
         compensate = tokens * (2 * teacher / FORWARD_EFFICIENCY + 6 * 2 * layers * info.shape.intermediate_size**2)
     evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
+    online = 0 if config.teacher.mode is TeacherMode.cached else teacher
     search = config.search
     distilled = search.num_distilled or search.num_candidates
     flops = {
@@ -67,7 +68,8 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         # Each later round has half of the candidates and brings them as far again, the teacher's pass being shared.
         + max(1, distilled.bit_length() / 2) * distilled * search.num_tokens * 6 * student / STEP_EFFICIENCY,
         Stage.prune: compensate,
-        Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
+        Stage.cache: config.distill.num_tokens * 2 * teacher / FORWARD_EFFICIENCY,
+        Stage.distill: config.distill.num_tokens * (2 * online + 6 * student) / STEP_EFFICIENCY,
         # The float32 softmax over the vocabulary takes as long again as the products.
         Stage.evaluate: 2 * evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
     }

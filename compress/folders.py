@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from compress.architecture import ModelInfo, TensorInfo, check_described, parse_config, shape_of, tensor_shapes
-from compress.artifacts import open_tensors, read_json
+from compress.artifacts import fingerprint, fingerprint_path, open_tensors, read_json
 from compress.embedded import resolve
 from compress.errors import ArchitectureError, ArtifactError
 from compress.families import Family, family_of
@@ -54,6 +54,18 @@ def teacher_folder(
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the spelling and the network; "
             "for a gated model log in with `hf auth login`; offline, give the path of a folder"
         ) from error
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Of what a model computes: its config.json and its shards."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return fingerprint([[file.name, fingerprint_path(file)] for file in files])
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    patterns = ["tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model"]
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return fingerprint([[file.name, fingerprint_path(file)] for file in files])
 
 
 def read_model(folder: Path, trust_remote_code: bool = False) -> ModelInfo:

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 from compress.architecture import ModelInfo, num_parameters
+from compress.artifacts import fingerprint_path
 from compress.embedded import resolve
 from compress.errors import ConfigError
-from compress.folders import teacher_folder
+from compress.folders import teacher_folder, tokenizer_fingerprint, weights_fingerprint
 from compress.multiple_choice import Item, read_items
 from compress.parallel import available_bytes, resolve_dtype
 from compress.settings import CompressConfig
-from compress.tokens import TokenSet
+from compress.signals import SignalCache
+from compress.tokens import SequenceOrder, TokenSet
 
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
@@ -38,6 +40,23 @@ def student_of(config: CompressConfig, run_dir: Path) -> Path:
 def start_of(config: CompressConfig, run_dir: Path) -> Path:
     """The weights that distill starts from: the untrained student, or the search's winner, a little trained."""
     return run_dir / "search" / "winner" if config.search.continue_winner else student_of(config, run_dir)
+
+
+def cached_from(config: CompressConfig, run_dir: Path) -> dict[str, str]:
+    """Fingerprints of what a cache of the teacher's word is made from."""
+    teacher = teacher_of(config)
+    return {
+        "teacher": weights_fingerprint(teacher),
+        "tokenizer": tokenizer_fingerprint(teacher),
+        "tokens": fingerprint_path(run_dir / "tokens" / "train"),
+    }
+
+
+def open_cache(config: CompressConfig, run_dir: Path, order: SequenceOrder) -> SignalCache:
+    """The run's cache. Raises ArtifactError unless it is whole, of this teacher and text, and holds all of `order`."""
+    cache = SignalCache(run_dir / "cache")
+    cache.check(cached_from(config, run_dir), order.distinct())
+    return cache
 
 
 def streams(config: CompressConfig, info: ModelInfo, beside: int = 0) -> bool:

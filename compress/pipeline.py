@@ -17,7 +17,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compress import checkpoint, distill, evaluate, export, plan, prune, score, search, selftest, steptest, tokenize
+from compress import (
+    cache,
+    checkpoint,
+    distill,
+    evaluate,
+    export,
+    plan,
+    prune,
+    score,
+    search,
+    selftest,
+    steptest,
+    tokenize,
+)
 from compress.artifacts import (
     ERROR,
     FORMAT_VERSION,
@@ -35,14 +48,14 @@ from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
 from compress.families import Family, add_families
-from compress.folders import read_config, read_model
+from compress.folders import read_config, read_model, tokenizer_fingerprint
 from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import round_config
-from compress.settings import BUDGET, CompressConfig, PruneConfig, Stage, set_name
+from compress.settings import BUDGET, CompressConfig, PruneConfig, Stage, TeacherMode, set_name
 from compress.sources import local_files
 
 log = logging.getLogger(__name__)
@@ -96,10 +109,17 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.prune: StageEntry(
         prune.run, (Stage.score, Stage.search), ("compute_dtype", "prune", "shape"), lambda _: "prune"
     ),
+    Stage.cache: StageEntry(
+        cache.run,
+        (Stage.tokenize,),
+        ("seed", "compute_dtype", "data.train[*].weight", "distill.num_tokens", "distill.global_batch_size",
+         "cache.kind", "cache.num_samples", "cache.k", "cache.sequences_per_shard"),
+        lambda _: "cache",
+    ),
     Stage.distill: StageEntry(
         distill.run,
-        (Stage.tokenize, Stage.prune),
-        ("seed", "compute_dtype", "data.train[*].weight", "distill.init_from",
+        (Stage.tokenize, Stage.prune, Stage.cache),
+        ("seed", "compute_dtype", "data.train[*].weight", "teacher.mode", "distill.init_from",
          "search.continue_winner", *_TRAINING_KEYS),
         lambda _: "distill",
     ),
@@ -152,6 +172,10 @@ def run(config: CompressConfig) -> None:
             score.preflight(config)
         if Stage.search in todo:
             search.preflight(config)
+        if Stage.cache in todo:
+            cache.preflight(config)
+        elif Stage.distill in todo and config.teacher.mode is TeacherMode.cached and Stage.tokenize not in todo:
+            cache.check(config, run_dir)
         if Stage.evaluate in todo:
             evaluate.preflight(config)
         _check_models(config)
@@ -233,6 +257,8 @@ def _chosen(config: CompressConfig) -> list[Stage]:
     """The stages of config.stage. Raises ConfigError for one alone that this config leaves out."""
     if config.stage is Stage.search and not config.search.num_candidates:
         raise ConfigError("stage=search needs search.num_candidates, such as 8, and a budget to search within")
+    if config.stage is Stage.cache and config.teacher.mode is not TeacherMode.cached:
+        raise ConfigError(f"stage=cache needs teacher.mode=cached, it is {config.teacher.mode}")
     if config.stage is not Stage.all:
         return [config.stage]
     order = list(STAGES)
@@ -241,9 +267,11 @@ def _chosen(config: CompressConfig) -> list[Stage]:
 
 
 def _left_out(config: CompressConfig) -> set[Stage]:
-    """A student pruned elsewhere needs neither scores nor pruning; without candidates there is nothing to search."""
+    """A student pruned elsewhere needs neither scores nor pruning; without candidates there is nothing to search, and
+    a teacher that is asked online needs no cache."""
     elsewhere = {Stage.score, Stage.search, Stage.prune} if config.distill.init_from else set()
-    return elsewhere | (set() if config.search.num_candidates else {Stage.search})
+    online = set() if config.teacher.mode is TeacherMode.cached else {Stage.cache}
+    return elsewhere | online | (set() if config.search.num_candidates else {Stage.search})
 
 
 def _check_places(config: CompressConfig) -> None:
@@ -331,19 +359,19 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
 
     A stage's fingerprint holds those of the stages before it, so all of them are known before anything runs.
     """
-    cache = Path(config.cache_dir).expanduser()
+    cache_dir = Path(config.cache_dir).expanduser()
     teacher = teacher_of(config)
     plain = _plain(config)
     files: dict[Stage, dict[str, str]] = {stage: {} for stage in STAGES}
-    files[Stage.tokenize]["the teacher's tokenizer"] = _tokenizer_fingerprint(teacher)
+    files[Stage.tokenize]["the teacher's tokenizer"] = tokenizer_fingerprint(teacher)
     for split in ("train", "calibration", "validation"):
         for number, source in enumerate(getattr(config.data, split)):
-            files[Stage.tokenize][f"the text of data.{split}[{number}]"] = _source_fingerprint(source.path, cache)
+            files[Stage.tokenize][f"the text of data.{split}[{number}]"] = _source_fingerprint(source.path, cache_dir)
             # What a file holds counts, and the name it goes by, but not where it lies; its weight is distill's.
             plain["data"][split][number] |= {"path": None, "name": set_name(source), "weight": None}
     plain["data"]["train[*]"] = {"weight": [source.weight for source in config.data.train]}
     teacher_fingerprint = fingerprint_path(teacher)
-    for stage in (Stage.score, Stage.search, Stage.prune, Stage.distill, Stage.evaluate):
+    for stage in (Stage.score, Stage.search, Stage.prune, Stage.cache, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
     if config.prune.source:
         source = Path(config.prune.source).expanduser()
@@ -363,7 +391,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
         (Stage.evaluate, "evaluate.lm_eval_path", config.evaluate.lm_eval),
     ):
         section, _, name = key.partition(".")
-        if used and (items := Path(resolve(plain[section][name], cache)).expanduser()).is_file():
+        if used and (items := Path(resolve(plain[section][name], cache_dir)).expanduser()).is_file():
             files[stage][key] = fingerprint_path(items)  # where there is none preflight says so
         plain[section][name] = None  # what it holds counts, not where it lies
     plain["prune"]["adapters"] = [Path(adapter).name for adapter in config.prune.adapters]
@@ -484,12 +512,6 @@ def _look_up(plain: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _tokenizer_fingerprint(teacher: Path) -> str:
-    patterns = ["tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model"]
-    files = sorted({file for pattern in patterns for file in teacher.glob(pattern) if file.is_file()})
-    return fingerprint([[file.name, fingerprint_path(file)] for file in files])
-
-
 def _source_fingerprint(path: str, cache: Path) -> str:
     """Of the files behind a source; a hub id stands for itself (its revision is what `datasets` resolves)."""
     local = str(Path(resolve(path, cache)).expanduser())
@@ -508,7 +530,7 @@ def status(config: CompressConfig) -> Table:
     for column in ("stage", "state", "detail", "time", "disk"):
         result.add_column(column, justify="right" if column in ("time", "disk") else "left")
     for stage, entry in STAGES.items():
-        if stage is Stage.search and not config.search.num_candidates:
+        if stage in (Stage.search, Stage.cache) and stage in _left_out(config):
             continue
         folder = run_dir / entry.folder(config)
         state, detail, seconds = "not started", "", ""

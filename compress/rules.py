@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
-from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, TermConfig, set_name
+from compress.settings import (
+    BUDGET,
+    CacheKind,
+    CompressConfig,
+    PruneConfig,
+    SourceConfig,
+    Stage,
+    TeacherMode,
+    TermConfig,
+    set_name,
+)
 
 if TYPE_CHECKING:
     from compress.objectives.table import Objective
@@ -37,7 +47,8 @@ _RULES: tuple[_Rule, ...] = (
         "score.max_removed_layers shape.multiple_of shape.tensor_parallel prune.hidden_size prune.intermediate_size "
         "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
         "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
-        "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
+        "search.num_sequences cache.num_samples cache.k cache.sequences_per_shard cache.micro_batch_size "
+        "distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
         "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
         "evaluate.generate_tokens cluster.num_nodes",
     ),
@@ -100,6 +111,9 @@ def check(config: CompressConfig) -> None:
         )
     _check_batches(config)
     _check_objectives(config)
+    if config.teacher.mode is TeacherMode.cached:
+        for number, term in enumerate(config.distill.objectives):
+            _check_cached_term(config, f"distill.objectives[{number}]", term)
     if config.rounds:
         _check_rounds(config)
     elif config.round is not None:
@@ -328,6 +342,33 @@ def _check_batches(config: CompressConfig) -> None:
 
 
 _COMMON = [f.name for f in fields(TermConfig)].index("squared") + 1  # the fields that every objective has come first
+
+
+def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> None:
+    """A cache holds a part of the teacher's distribution, at temperature 1, which few objectives can do with."""
+    from compress.objectives.table import OBJECTIVES  # torch, for which no other rule should wait
+
+    kind, objective = config.cache.kind, OBJECTIVES[term.objective]
+    if objective.labels_only:
+        return
+    if kind not in objective.sparse:
+        fitting = [name for name, other in OBJECTIVES.items() if kind in other.sparse or other.labels_only]
+        other_kinds = [f"cache.kind={name}" for name in objective.sparse]
+        raise ConfigError(
+            f"{key}.objective={term.objective} can't be had from teacher.mode=cached with cache.kind={kind}, which "
+            f"serves {', '.join(fitting)}; take one of them, {' or '.join([*other_kinds, 'teacher.mode=online'])}"
+        )
+    for name, value in (("temperature", term.temperature), ("temperature_end", term.temperature_end)):
+        if value is not None and value != 1:
+            raise ConfigError(
+                f"{key}.{name}={value:g} can't be had from teacher.mode=cached, which holds the teacher at temperature "
+                f"1; set it 1, or teacher.mode=online"
+            )
+    if kind is CacheKind.top_k and term.k is not None and term.k != config.cache.k:
+        raise ConfigError(
+            f"{key}.k={term.k} is not cache.k={config.cache.k}, which is what a cache holds; set both the same, or "
+            f"{key}.k=null"
+        )
 
 
 def _check_sources(split: str, sources: list[SourceConfig]) -> None:

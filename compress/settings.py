@@ -24,6 +24,7 @@ class Stage(StrEnum):
     score = "score"
     search = "search"
     prune = "prune"
+    cache = "cache"
     distill = "distill"
     export = "export"
     evaluate = "evaluate"
@@ -65,6 +66,20 @@ class ComputeDtype(StrEnum):
     auto = "auto"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class TeacherMode(StrEnum):
+    """Where the teacher's word comes from while distilling."""
+
+    online = "online"  # its own forward at every step
+    cached = "cached"  # what stage cache has kept of it
+
+
+class CacheKind(StrEnum):
+    """What is kept of a teacher's distribution (`signals.py`)."""
+
+    sample = "sample"
+    top_k = "top_k"
 
 
 class Optimizer(StrEnum):
@@ -135,6 +150,7 @@ class TeacherConfig:
     path: str = MISSING
     revision: str | None = None
     trust_remote_code: bool = False
+    mode: TeacherMode = TeacherMode.online
 
 
 @dataclass
@@ -238,6 +254,17 @@ class SearchConfig:
 
 
 @dataclass
+class CacheConfig:
+    """What is kept of the teacher at every loss token of the training sequences, when teacher.mode=cached."""
+
+    kind: CacheKind = CacheKind.sample
+    num_samples: int = 12  # kind=sample: ids drawn with replacement
+    k: int = 64  # kind=top_k
+    sequences_per_shard: int = 256  # after a kill the shard that was being made is made again
+    micro_batch_size: int = 4
+
+
+@dataclass
 class DistillConfig:
     init_from: str | None = None  # a student pruned elsewhere; none = this run's prune folder
     num_tokens: Size = MISSING
@@ -318,6 +345,7 @@ class CompressConfig:
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

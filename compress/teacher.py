@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from compress.artifacts import fingerprint, open_tensors, save_tensors
 from compress.capture import Listening, recording
 from compress.models import OutputHead, output_head
-from compress.objectives.chunked import DenseSignal
+from compress.objectives.chunked import DenseSignal, SparseSignal
+from compress.signals import SignalCache
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -113,3 +114,17 @@ def overlapping(step: int, num_fresh: int) -> tuple[range, range]:
     """Draws that the step numbered from 0 repeats, and those it sees for the first time."""
     before = max(0, step - 1) * num_fresh
     return range(before, step * num_fresh), range(step * num_fresh, (step + 1) * num_fresh)
+
+
+class CachedTeacher:
+    """A teacher of which only a cache is there; its weights are never loaded."""
+
+    def __init__(self, cache: SignalCache) -> None:
+        self.cache = cache
+
+    def answers(self, batch: TokenBatch) -> bool:
+        return True
+
+    def signal(self, batch: TokenBatch) -> SparseSignal:
+        """Raises ArtifactError for a sequence that the cache doesn't hold."""
+        return self.cache.read(batch)

@@ -279,6 +279,11 @@ class SequenceOrder:
                 result[places[low:high]] = self._first[source] + drawn
         return result
 
+    def distinct(self) -> Ints:
+        """Every sequence that is drawn at all, once, in the order of the first draws."""
+        drawn = self.indices(0, self.num_sequences_total)
+        return drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+
     def _sources(self, start: int, stop: int) -> Ints:
         points = np.arange(start, stop, dtype=np.uint64) * _GOLDEN + np.uint64(self._seed)  # wraps: the fraction
         return np.searchsorted(self._edges, points, side="right")

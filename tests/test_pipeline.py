@@ -28,7 +28,8 @@ from compress.models import load_model
 from compress.pipeline import STAGES
 from compress.settings import CompressConfig, Stage, set_name
 
-RUN = [stage for stage in STAGES if stage is not Stage.search]  # which runs with search.num_candidates
+# The search runs with search.num_candidates, the cache with teacher.mode=cached.
+RUN = [stage for stage in STAGES if stage not in (Stage.search, Stage.cache)]
 FOLDERS = ["tokens", "score", "prune", "distill", "export", "evaluate"]
 
 
@@ -82,6 +83,7 @@ OUTSIDE = {
     "score.compile": "true",
     "score.micro_batch_size": "2",
     "score.stream": "true",
+    "cache.micro_batch_size": "2",
     "distill.micro_batch_size": "2",
     "distill.checkpoint_steps": "3",
     "distill.keep_checkpoints": "1",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.models import OutputHead, logits_of
-from compress.objectives.forward_kl import block_rows, forward_kl_
+from compress.objectives.forward_kl import block_rows, forward_kl_, sampled_forward_kl_
 from compress.objectives.hidden import Recorded
 from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import Rows, SparseRows, Term
@@ -140,7 +140,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_ND = torch.zeros_like(student_ND) if need_hidden else None
         grad_VD: Tensor | None = None
         grad_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
-        simple = [term.objective for term in terms] == ["forward_kl"] and isinstance(signal, DenseSignal)
+        alone = [term.objective for term in terms] == ["forward_kl"]
+        simple = alone and isinstance(signal, DenseSignal)
+        sampled = alone and isinstance(signal, SparseSignal) and signal.kind == "sample" and terms[0].temperature == 1
         carry_V: Tensor | None = None
         need = any(ctx.needs_input_grad)
         for start in range(0, len(student_ND), size):
@@ -160,7 +162,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 if isinstance(signal, SparseSignal):
                     rows = (signal.ids_NK[chunk], signal.probabilities_NK[chunk], signal.entropy_N[chunk])
                     sparse = SparseSignal(signal.kind, *rows)
-                carry_V = _blockwise_(student_CV, teacher_CV, sparse, part, terms, scales, own, carry_V, sums_K)
+                if sampled:
+                    sums_K[0] += sampled_forward_kl_(student_CV, *rows, scales[0] if need else None).sum()
+                else:
+                    carry_V = _blockwise_(student_CV, teacher_CV, sparse, part, terms, scales, own, carry_V, sums_K)
             del teacher_CV
             gradient_CV = student_CV[:own]
             if slope_CV is not None:

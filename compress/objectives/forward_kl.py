@@ -1,6 +1,6 @@
 """Forward KL alone, the objective of nearly every run: in place, in buffers that stay in a CPU's caches."""
 
-# C tokens of a chunk, R rows of a block, V vocabulary
+# C tokens of a chunk, R rows of a block, V vocabulary, K ids of a token
 
 from __future__ import annotations
 
@@ -44,4 +44,24 @@ def forward_kl_(student_CV: Tensor, teacher_CV: Tensor, temperature: float, scal
         if scale is not None:
             gradient_RV = log_q_RV.exp_().sub_(p_RV)
             student_CV[block] = gradient_RV if scale == temperature else gradient_RV.mul_(scale / temperature)
+    return loss_C
+
+
+def sampled_forward_kl_(
+    student_CV: Tensor, ids_CK: Tensor, probabilities_CK: Tensor, entropy_C: Tensor, scale: float | None
+) -> Tensor:
+    """`forward_kl_` at temperature 1 from a cached sample, as `partial.sparse_forward_kl`: -sum p^ log q - H(p)."""
+    dtype = torch.promote_types(student_CV.dtype, torch.float32)
+    loss_C = torch.empty(student_CV.shape[0], dtype=dtype, device=student_CV.device)
+    rows = min(block_rows(student_CV), student_CV.shape[0])
+    buffers = torch.empty(2, rows, student_CV.shape[1], dtype=dtype, device=student_CV.device)
+    for start in range(0, student_CV.shape[0], rows):
+        block = slice(start, min(start + rows, student_CV.shape[0]))
+        one_RV, log_q_RV = buffers[:, : block.stop - start]
+        torch.log_softmax(one_RV.copy_(student_CV[block]), -1, out=log_q_RV)
+        ids_RK, p_RK = ids_CK[block], probabilities_CK[block].to(dtype)
+        loss_C[block] = -(p_RK * log_q_RV.gather(-1, ids_RK)).sum(-1) - entropy_C[block]
+        if scale is not None:
+            gradient_RV = log_q_RV.exp_().mul_(p_RK.sum(-1, keepdim=True) * scale)
+            student_CV[block] = gradient_RV.scatter_add_(-1, ids_RK, p_RK * -scale)
     return loss_C
