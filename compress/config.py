@@ -26,7 +26,7 @@ from omegaconf.errors import (
 
 from compress.errors import ConfigError
 from compress.rules import check
-from compress.settings import CompressConfig, DepthCriterion, RoundConfig, Size, SourceConfig, Stage
+from compress.settings import CompressConfig, DepthCriterion, PhaseConfig, RoundConfig, Size, SourceConfig, Stage
 
 GROUPS = ("recipe", "cluster")
 
@@ -186,6 +186,8 @@ def _rule_of(hint: Any) -> str | None:
         list[str]: "a list of names, such as [activation,taylor]",
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
+        list[PhaseConfig]: "a list of phases, such as [{}, {num_tokens: 1B, learning_rate: 1e-4}]",
+        list[float]: "a list of numbers, such as [0.9,0.1]",
         list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
         SourceConfig: "a source, such as {path: my.jsonl}",
     }

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from compress import checkpoint
-from compress.artifacts import disk_errors, write_atomic
+from compress import checkpoint, training_log
 from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
-from compress.progress import about, track
+from compress.phases import Phase, Progress, num_steps, phases_of
+from compress.progress import track
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig
 from compress.step import StudentModule, accumulate_gradients
 from compress.teacher import Teacher
-from compress.tokens import SequenceOrder, TokenSet
+from compress.tokens import Ints, TokenSet
 from compress.training import (
+    check_training_data,
     micro_batches,
     optimizer_of,
-    refuse_empty_windows,
+    phase_data,
+    phase_orders,
     resume,
-    source_weights,
     term_names,
     terms_at,
     training_state,
@@ -52,8 +51,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     settings, trust = config.distill, config.teacher.trust_remote_code
     teacher_path = teacher_of(config)
     student_path = start_of(config, run_dir)
-    data, order = training_order(config, run_dir)
-    max_steps = num_steps(config)
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    check_training_data(config, run_dir)
     check_same_tokenizer(teacher_path, student_path, trust)
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
@@ -74,12 +73,12 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         shard(student, decoder_layers(model), mesh, dtype)
         optimizer = optimizer_of(student, settings)
         folder = run_dir / "distill" / "checkpoints"
-        start = resume(folder, student, optimizer)
-        if start:
-            log.info("distill: resuming after step %d from step_%08d", start, start)
+        progress = Progress.of(resume(folder, student, optimizer))
+        if progress.step:
+            log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
         metrics = run_dir / "distill" / "metrics.jsonl"
-        _keep_metrics_before(metrics, start)
-        _train(config, student, teacher, optimizer, data, order, range(start, max_steps), folder, metrics)
+        training_log.keep_up_to(metrics, progress.step)
+        _train(config, student, teacher, optimizer, data, progress, folder, metrics)
 
 
 def _train(
@@ -88,35 +87,34 @@ def _train(
     teacher: Teacher,
     optimizer: LocalOptimizer,
     data: TokenSet,
-    order: SequenceOrder,
-    step_range: range,
+    progress: Progress,
     folder: Path,
     metrics: Path,
 ) -> None:
     settings = config.distill
-    tokens_per_step = settings.global_batch_size * data.sequence_length
 
-    def save(step: int) -> None:
+    def save(phase: Phase) -> None:
         checkpoint.save(
             folder,
-            step,
+            progress.step,
             training_state(student, optimizer),
-            {"tokens": step * tokens_per_step},
+            {"tokens": phase.tokens_after(progress.step), **progress.facts()},
             settings.keep_checkpoints,
         )
 
-    committed = step_range.start
+    committed, planned = progress.step, num_steps(config, progress.shortened)
     with _stop_signals() as stop:
-        for step in track(step_range, "distill", unit="tok", amount=lambda _: tokens_per_step):
+        steps = _steps(config, data, optimizer, progress)
+        for step in track(steps, "distill", planned - progress.step, "tok", lambda step: step.phase.tokens_per_step):
             began = time.perf_counter()
-            indices = order.indices(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
-            window = micro_batches(data, indices, settings.micro_batch_size)
-            terms = terms_at(settings, step / max(1, step_range.stop - 1))
+            phase, within = step.phase, progress.step - step.phase.first_step
+            window = micro_batches(step.data, step.indices, settings.micro_batch_size)
+            terms = terms_at(settings, within / max(1, phase.num_steps - 1))
             found = accumulate_gradients(student, teacher, window, terms)
             loss = found.loss
             factor = learning_rate_factor(
-                step,
-                step_range.stop,
+                within,
+                phase.num_steps,
                 settings.warmup_steps,
                 settings.min_learning_rate_ratio,
                 settings.learning_rate_curve,
@@ -127,81 +125,50 @@ def _train(
                 norm, rate = optimizer.step(factor, settings.max_gradient_norm)
             if not math.isfinite(norm):
                 raise NumericalError(
-                    f"distill step {step + 1}: loss {loss}, gradient norm {norm} on training sequences "
-                    f"{indices.tolist()}; nothing was updated, and step {committed} is kept. Lower "
-                    f"distill.learning_rate={settings.learning_rate} or raise distill.warmup_steps="
+                    f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
+                    f"{step.indices.tolist()}; nothing was updated, and step {committed} is kept. Lower "
+                    f"distill.learning_rate={phase.learning_rate} or raise distill.warmup_steps="
                     f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
                 )
-            if (step + 1) % settings.log_steps == 0 or step + 1 == step_range.stop:
+            progress.step += 1
+            last = num_steps(config, progress.shortened)
+            done = progress.step == last
+            if progress.step % settings.log_steps == 0 or progress.step == phase.end:
                 seconds = time.perf_counter() - began
-                _append(metrics, {
-                    "step": step + 1, "tokens": (step + 1) * tokens_per_step, "loss_tokens": found.num_tokens,
-                    "loss": loss,
+                training_log.append(metrics, {
+                    "step": progress.step, "tokens": phase.tokens_after(progress.step),
+                    "loss_tokens": found.num_tokens, "loss": loss,
                     "terms": dict(zip(term_names(terms), found.terms, strict=True)),
                     "gradient_norm": norm, "learning_rate": rate, "seconds": seconds,
-                    "tokens_per_second": tokens_per_step / seconds,
+                    "tokens_per_second": phase.tokens_per_step / seconds,
                 })  # fmt: skip
-            done = step + 1 == step_range.stop
-            if done or stop.name or (step + 1) % settings.checkpoint_steps == 0:
-                save(step + 1)
-                committed = step + 1
+            if done or stop.name or progress.step % settings.checkpoint_steps == 0:
+                save(phase)
+                committed = progress.step
             if stop.name and not done:
-                raise Interrupted(
-                    f"{stop.name}: step {step + 1} of {step_range.stop} is saved; the same command goes on"
-                )
+                raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
 
 
-def progress_line(config: CompressConfig, run_dir: Path) -> str:
-    """How far training is, for `stage=status`: step, loss, and time left at the last steps' pace."""
-    metrics = run_dir / "distill" / "metrics.jsonl"
-    rows = _logged(metrics)
-    if not rows:
-        return "no step yet"
-    pace = sum(row["seconds"] for row in rows[-10:]) / len(rows[-10:])
-    left = (num_steps(config) - rows[-1]["step"]) * pace
-    saved = checkpoint.steps(run_dir / "distill" / "checkpoints")
-    return (
-        f"step {rows[-1]['step']} of {num_steps(config)}, loss {rows[-1]['loss']:.4f}, about {about(left)} left; "
-        f"kept steps: {', '.join(map(str, saved)) or 'none'}"
-    )
+@dataclasses.dataclass
+class _Step:
+    phase: Phase
+    data: TokenSet
+    indices: Ints  # of its sequences in data
 
 
-def num_steps(config: CompressConfig) -> int:
-    """Whole optimizer steps within distill.num_tokens, packed tokens with padding counted."""
-    return int(config.distill.num_tokens) // (config.distill.global_batch_size * config.data.sequence_length)
-
-
-def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
-    """The training tokens and the order in which they are seen. Raises ConfigError for a step without loss tokens."""
-    data = TokenSet.open(run_dir / "tokens" / "train")
-    max_steps, batch = num_steps(config), config.distill.global_batch_size
-    order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
-    refuse_empty_windows(data, order, max_steps, batch, "distill")
-    return data, order
-
-
-def _keep_metrics_before(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that a kill took back, so that the file has each step once."""
-    if metrics.exists():
-        write_atomic(metrics, "".join(f"{json.dumps(row)}\n" for row in _logged(metrics) if row["step"] <= step))
-
-
-def _logged(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; what a kill or a full disk left of a line isn't one."""
-    rows = []
-    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"step", "seconds", "loss"} <= row.keys():
-                rows.append(row)
-    return rows
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as handle:
-            handle.write(json.dumps(row) + "\n")
+def _steps(config: CompressConfig, data: TokenSet, optimizer: LocalOptimizer, progress: Progress) -> Iterator[_Step]:
+    """The steps that are left, phase by phase; progress says after each how far training is and how far phases go."""
+    for number in range(len(phases_of(config))):
+        phase = phases_of(config, progress.shortened)[number]
+        if progress.step >= phase.end:
+            continue
+        optimizer.set_learning_rates(phase.learning_rate, phase.muon_learning_rate)
+        order = phase_orders(config, data, phases_of(config, progress.shortened)[: number + 1])[number]
+        pieces = phase_data(data, phase, order)
+        while progress.step < phase.end:
+            draw = (progress.step - phase.first_step) * phase.global_batch_size
+            yield _Step(phase, pieces, order.indices(draw, draw + phase.global_batch_size))
+            phase = phases_of(config, progress.shortened)[number]  # an early stop may have changed its end
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from compress.embedded import resolve
 from compress.folders import read_model
 from compress.inputs import source_of
 from compress.parallel import resolve_dtype
+from compress.phases import num_tokens
 from compress.settings import CompressConfig, Stage
 from compress.sources import local_files
 from compress.targets import given_sizes
@@ -67,7 +68,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         # Each later round has half of the candidates and brings them as far again, the teacher's pass being shared.
         + max(1, distilled.bit_length() / 2) * distilled * search.num_tokens * 6 * student / STEP_EFFICIENCY,
         Stage.prune: compensate,
-        Stage.distill: config.distill.num_tokens * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
+        Stage.distill: num_tokens(config) * (2 * teacher + 6 * student) / STEP_EFFICIENCY,
         # The float32 softmax over the vocabulary takes as long again as the products.
         Stage.evaluate: 2 * evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
     }

@@ -11,11 +11,11 @@ import torch
 from compress import checkpoint
 from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents, write_json
 from compress.contract import describe_export, log_engines
-from compress.distill import num_steps
 from compress.errors import ArtifactError, ConfigError
 from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
+from compress.phases import Progress, num_steps
 from compress.settings import CompressConfig
 from compress.slicing import copy_companions
 from compress.targets import ADAPTERS
@@ -64,9 +64,10 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         if found is None:
             raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
         path, facts = found
-        if config.export.step is None and facts["step"] != num_steps(config):
+        last = num_steps(config, Progress.of(facts).shortened)
+        if config.export.step is None and facts["step"] != last:
             raise ArtifactError(
-                f"{run_dir / 'distill'}: training ended at step {num_steps(config)}, but the newest whole checkpoint "
+                f"{run_dir / 'distill'}: training ended at step {last}, but the newest whole checkpoint "
                 f"is of step {facts['step']}. Delete {run_dir / 'distill' / MANIFEST} and run stage=distill to train "
                 f"the rest again, or give export.step={facts['step']}"
             )

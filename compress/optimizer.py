@@ -53,7 +53,11 @@ class LocalOptimizer:
             self.optimizers.append(
                 torch.optim.Muon([self.local[n] for n in matrices], lr=muon_learning_rate, weight_decay=weight_decay)
             )
-        self._base = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.set_learning_rates(learning_rate, muon_learning_rate)
+
+    def set_learning_rates(self, learning_rate: float, muon_learning_rate: float) -> None:
+        """Of AdamW and of Muon, which step() multiplies by its factor."""
+        self._base = [learning_rate, muon_learning_rate][: len(self.optimizers)]
 
     def step(self, factor: float, max_gradient_norm: float) -> tuple[float, float]:
         """Clip the global gradient norm, update at `factor` times the learning rates, free the gradients.
@@ -64,13 +68,13 @@ class LocalOptimizer:
         for name, parameter in self.parameters.items():
             self.local[name].grad = None if parameter.grad is None else _local(parameter.grad)
         norm = nn.utils.get_total_norm([p.grad for p in self.local.values() if p.grad is not None])
-        rate = self._base[0][0] * factor
+        rate = self._base[0] * factor
         if not torch.isfinite(norm):
             return norm.item(), rate
         nn.utils.clip_grads_with_norm_(self.local.values(), max_gradient_norm, norm)
         for optimizer, base in zip(self.optimizers, self._base, strict=True):
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * factor
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
             optimizer.step()
         for name, parameter in self.parameters.items():
             parameter.grad = self.local[name].grad = None

@@ -26,6 +26,7 @@ from compress.folders import read_config
 from compress.inputs import teacher_of
 from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
 from compress.parallel import available_bytes, resolve_dtype
+from compress.phases import num_tokens, phase_settings
 from compress.progress import about
 from compress.settings import CompressConfig, ComputeDtype, Optimizer
 from compress.shapes import enumerate_shapes
@@ -85,15 +86,18 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
     else:
         student = _student(config, source)
     cluster, num_gpus = config.cluster, config.cluster.num_nodes * config.cluster.gpus_per_node
-    if config.distill.global_batch_size % (max(1, num_gpus) * config.distill.micro_batch_size):
-        raise ConfigError(
-            f"distill.global_batch_size={config.distill.global_batch_size} is no multiple of {max(1, num_gpus)} ranks "
-            f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
-        )
+    phases = phase_settings(config)
+    for batch in (phase["global_batch_size"] for phase in phases):
+        if batch % (max(1, num_gpus) * config.distill.micro_batch_size):
+            raise ConfigError(
+                f"distill.global_batch_size={batch} is no multiple of {max(1, num_gpus)} ranks "
+                f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
+            )
+    longest = max(phase["sequence_length"] for phase in phases)
     layout = Layout(
         num_ranks=max(1, num_gpus),
         micro_batch_size=config.distill.micro_batch_size,
-        sequence_length=config.data.sequence_length,
+        sequence_length=longest,
         recompute=config.distill.recompute,
         compute_bytes=_item_bytes(config, num_gpus),
         on_cpu=not num_gpus,
@@ -106,9 +110,11 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
     else:
         raise ConfigError(f"cluster.memory_bytes must be set for {num_gpus} GPUs, such as 80GiB")
     memory = step_memory(teacher, student, layout)
-    flops = flops_per_token(teacher, student, config.data.sequence_length, config.distill.recompute)
+    recompute, tokens = config.distill.recompute, num_tokens(config)
+    work = sum(p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute) for p in phases)
+    flops = work / tokens
     made = Plan(
-        teacher, student, layout, memory, limit, flops, flops * config.distill.num_tokens / _speed(config, num_gpus),
+        teacher, student, layout, memory, limit, flops, flops * tokens / _speed(config, num_gpus),
         _disk(config, teacher, student), num_gpus,
     )  # fmt: skip
     _check_fits(config, made)
@@ -168,7 +174,7 @@ def _disk(config: CompressConfig, teacher: ModelInfo, student: Shape) -> dict[st
     # While one is written the ones to be kept are still there.
     checkpoints = (config.distill.keep_checkpoints + 1) * count * (MASTER_BYTES + _moment_bytes(config))
     return {
-        "tokens, at most those to train on": int(config.distill.num_tokens) * TOKEN_BYTES,
+        "tokens, at most those to train on": int(num_tokens(config)) * TOKEN_BYTES,
         "the untrained student and the export": 2 * item * count,
         f"checkpoints, {config.distill.keep_checkpoints} and the one being written": checkpoints,
     }
@@ -267,7 +273,7 @@ def _memory(config: CompressConfig, made: Plan) -> Table:
 
 
 def _work(config: CompressConfig, made: Plan) -> Table:
-    cluster, tokens = config.cluster, config.distill.num_tokens
+    cluster, tokens = config.cluster, num_tokens(config)
     result = Table(title="work, time and disk", title_justify="left")
     result.add_column("")
     result.add_column("", justify="right")

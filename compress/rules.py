@@ -16,7 +16,8 @@ from typing import Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
-from compress.settings import BUDGET, CompressConfig, PruneConfig, SourceConfig, Stage, set_name
+from compress.phases import phase_settings
+from compress.settings import BUDGET, CompressConfig, PhaseConfig, PruneConfig, SourceConfig, Stage, set_name
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
@@ -238,17 +239,66 @@ def _check_choice(name: str, scored: list[str], wanted: str | None) -> None:
 
 
 def _check_batches(config: CompressConfig) -> None:
-    distill, length = config.distill, config.data.sequence_length
-    if distill.global_batch_size % distill.micro_batch_size:
-        raise ConfigError(
-            f"distill.global_batch_size={distill.global_batch_size} must be a multiple of "
-            f"distill.micro_batch_size={distill.micro_batch_size}"
-        )
-    if distill.num_tokens < distill.global_batch_size * length:
-        raise ConfigError(
-            f"distill.num_tokens={distill.num_tokens} is less than one step of distill.global_batch_size * "
-            f"data.sequence_length = {distill.global_batch_size * length} tokens; give it more, or a smaller batch"
-        )
+    _check_phases(config)
+    micro = config.distill.micro_batch_size
+    for number, phase in enumerate(phase_settings(config)):
+        batch, length, tokens = phase["global_batch_size"], phase["sequence_length"], phase["num_tokens"]
+        # Where a phase says it, its own key is named.
+        chosen = config.distill.phases[number] if config.distill.phases else PhaseConfig()
+        keys = {
+            key: f"distill.phases[{number}].{key}" if getattr(chosen, key) is not None else f"{section}.{key}"
+            for key, section in (
+                ("num_tokens", "distill"),
+                ("global_batch_size", "distill"),
+                ("sequence_length", "data"),
+            )
+        }
+        if batch % micro:
+            raise ConfigError(
+                f"{keys['global_batch_size']}={batch} must be a multiple of distill.micro_batch_size={micro}"
+            )
+        if tokens < batch * length:
+            raise ConfigError(
+                f"{keys['num_tokens']}={tokens} is less than one step of {keys['global_batch_size']} * "
+                f"{keys['sequence_length']} = {batch * length} tokens; give it more, or a smaller batch"
+            )
+
+
+def _check_phases(config: CompressConfig) -> None:
+    whole, sources = config.data.sequence_length, config.data.train
+    for number, phase in enumerate(config.distill.phases):
+        key = f"distill.phases[{number}]"
+        length, weights = phase.sequence_length, phase.weights
+        if phase.num_tokens is not None and not (_positive(phase.num_tokens) and phase.num_tokens % 1 == 0):
+            raise ConfigError(f"{key}.num_tokens={phase.num_tokens} must be a whole positive number of tokens")
+        if phase.global_batch_size is not None and phase.global_batch_size < 1:
+            raise ConfigError(f"{key}.global_batch_size={phase.global_batch_size} must be at least 1")
+        if phase.learning_rate is not None and not _positive(phase.learning_rate):
+            raise ConfigError(f"{key}.learning_rate={phase.learning_rate} must be a positive number")
+        if length is not None and length > whole:
+            raise ConfigError(
+                f"{key}.sequence_length={length} is longer than data.sequence_length={whole}, in which the text is "
+                f"packed; set data.sequence_length={length} (which tokenizes anew) and give the shorter phases theirs"
+            )
+        if length is not None and (length < 8 or whole % length):
+            legal = [n for n in range(8, whole + 1) if whole % n == 0]
+            near = sorted(legal, key=lambda n: abs(n - length))[:3]
+            raise ConfigError(
+                f"{key}.sequence_length={length} must be 8 or more and divide data.sequence_length={whole}, whose rows "
+                f"are cut into pieces of it; nearest: {', '.join(map(str, sorted(near)))}"
+            )
+        if weights is None:
+            continue
+        if any(source.weight is None for source in sources):
+            raise ConfigError(
+                f"{key}.weights={weights}: data.train gives no weights, so that its sources are dealt as one; give "
+                "each of them one there (a run that began without goes on as a new one, by distill.init_from)"
+            )
+        if len(weights) != len(sources) or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
+            raise ConfigError(
+                f"{key}.weights={weights} must be a share of 0 or more for each of the {len(sources)} sources of "
+                "data.train, not all 0"
+            )
 
 
 def _check_sources(split: str, sources: list[SourceConfig]) -> None:

@@ -229,9 +229,22 @@ class SearchConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """A stretch of training with its own warm-up and curves; what it leaves out is as in distill.* and data.*."""
+
+    num_tokens: Size | None = None
+    sequence_length: int | None = None  # one that divides data.sequence_length: rows are cut into such pieces
+    global_batch_size: int | None = None
+    learning_rate: float | None = None  # muon's is changed in the same ratio
+    weights: list[float] | None = None  # shares of the sources of data.train, in their order; 0 leaves one out
+
+
+@dataclass
 class DistillConfig:
     init_from: str | None = None  # a student pruned elsewhere; none = this run's prune folder
     num_tokens: Size = MISSING
+    # One after the other; none = one as below. A finished run goes on when more are appended.
+    phases: list[PhaseConfig] = field(default_factory=list)
     global_batch_size: int = 4  # sequences a step
     micro_batch_size: int = 4  # sequences a forward; changes memory, not the gradient
     objectives: list[TermConfig] = field(default_factory=lambda: [TermConfig()])  # the loss is their sum

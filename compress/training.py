@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from compress import checkpoint
 from compress.errors import ConfigError
 from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
+from compress.phases import Phase, phases_of
 from compress.schedules import between
 from compress.settings import CompressConfig, DistillConfig, Optimizer
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
@@ -21,6 +23,31 @@ from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 def source_weights(config: CompressConfig) -> list[float] | None:
     weights = [source.weight for source in config.data.train]
     return None if any(w is None for w in weights) else [w for w in weights if w is not None]
+
+
+def phase_orders(config: CompressConfig, data: TokenSet, phases: Sequence[Phase]) -> list[SequenceOrder]:
+    """The order of each phase, each going on where the one before ended: no sequence comes twice in an epoch."""
+    found: list[SequenceOrder] = []
+    for phase in phases:
+        draws = phase.num_steps * phase.global_batch_size
+        before = found[-1] if found else None
+        found.append(SequenceOrder(data.source_sizes, phase.weights, draws, config.seed, before, phase.pieces))
+    return found
+
+
+def phase_data(data: TokenSet, phase: Phase, order: SequenceOrder) -> TokenSet:
+    """The training tokens in the phase's sequence length. Raises ConfigError for a step without loss tokens."""
+    found = data.cut(phase.sequence_length)
+    what = "distill" if phase.number == 1 else f"distill phase {phase.number}"
+    refuse_empty_windows(found, order, phase.num_steps, phase.global_batch_size, what)
+    return found
+
+
+def check_training_data(config: CompressConfig, run_dir: Path) -> None:
+    """Raise ConfigError where a step of any phase would have no loss token."""
+    data, phases = TokenSet.open(run_dir / "tokens" / "train"), phases_of(config)
+    for phase, order in zip(phases, phase_orders(config, data, phases), strict=True):
+        phase_data(data, phase, order)
 
 
 def refuse_empty_windows(
@@ -80,14 +107,14 @@ def training_state(student: nn.Module, optimizer: LocalOptimizer) -> dict[str, T
     }
 
 
-def resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
-    """Load the newest whole checkpoint in place, random numbers too; returns the steps done (0 without one)."""
+def resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> dict[str, Any]:
+    """Load the newest whole checkpoint in place, random numbers too; returns its facts (none without one)."""
     found = checkpoint.newest(folder)
     if found is None:
-        return 0
+        return {}
     path, facts = found
     checkpoint.load(path, training_state(student, optimizer), restore_rng=True)
-    return int(facts["step"])
+    return facts
 
 
 def load_trained(path: Path, model: PreTrainedModel) -> None:
