@@ -8,25 +8,29 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from compress import checkpoint, training_log
 from compress.errors import ConfigError, Interrupted, NumericalError
+from compress.estimate import flops_per_token
+from compress.folders import read_model
 from compress.inputs import start_of, teacher_of
 from compress.models import check_same_tokenizer, decoder_layers, load_model
+from compress.moving_average import MovingAverage
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.phases import Phase, Progress, num_steps, phases_of
 from compress.progress import track
+from compress.recovery import FORECAST_SHARE, forecast
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig
 from compress.step import StudentModule, accumulate_gradients
 from compress.teacher import Teacher
-from compress.tokens import Ints, TokenSet
+from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
     check_training_data,
     micro_batches,
@@ -34,10 +38,12 @@ from compress.training import (
     phase_data,
     phase_orders,
     resume,
+    shortened_to,
     term_names,
     terms_at,
     training_state,
 )
+from compress.validation import mean_kl, validate, validation_batches
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     student_path = start_of(config, run_dir)
     data = TokenSet.open(run_dir / "tokens" / "train")
     check_training_data(config, run_dir)
+    sets = validation_batches(config, run_dir) if settings.validate_steps else {}
     check_same_tokenizer(teacher_path, student_path, trust)
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
@@ -71,46 +78,58 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             compile_layers(model)
         student = StudentModule(model).train()
         shard(student, decoder_layers(model), mesh, dtype)
+        register_fsdp_forward_method(student, "figures")
+        average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
         optimizer = optimizer_of(student, settings)
-        folder = run_dir / "distill" / "checkpoints"
-        progress = Progress.of(resume(folder, student, optimizer))
+        progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average))
         if progress.step:
             log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
         metrics = run_dir / "distill" / "metrics.jsonl"
         training_log.keep_up_to(metrics, progress.step)
-        _train(config, student, teacher, optimizer, data, progress, folder, metrics)
+        work = _work(config, teacher_path, student_path)
+        _train(_Parts(config, student, teacher, optimizer, average, data, sets, work, metrics), progress)
 
 
-def _train(
-    config: CompressConfig,
-    student: nn.Module,
-    teacher: Teacher,
-    optimizer: LocalOptimizer,
-    data: TokenSet,
-    progress: Progress,
-    folder: Path,
-    metrics: Path,
-) -> None:
-    settings = config.distill
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a training works with."""
 
-    def save(phase: Phase) -> None:
-        checkpoint.save(
-            folder,
-            progress.step,
-            training_state(student, optimizer),
-            {"tokens": phase.tokens_after(progress.step), **progress.facts()},
-            settings.keep_checkpoints,
-        )
+    config: CompressConfig
+    student: StudentModule
+    teacher: Teacher
+    optimizer: LocalOptimizer
+    average: MovingAverage | None
+    data: TokenSet
+    sets: dict[str, list[TokenBatch]]  # to validate on, by name
+    work: Callable[[int], float] | None  # FLOP of a token in a sequence of that length, over the peak in a second
+    metrics: Path
 
-    committed, planned = progress.step, num_steps(config, progress.shortened)
-    with _stop_signals() as stop:
-        steps = _steps(config, data, optimizer, progress)
-        for step in track(steps, "distill", planned - progress.step, "tok", lambda step: step.phase.tokens_per_step):
-            began = time.perf_counter()
+
+def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int], float] | None:
+    """The seconds that a token of a sequence of some length would take at cluster.peak_flops; None without it."""
+    peak, trust, recompute = config.cluster.peak_flops, config.teacher.trust_remote_code, config.distill.recompute
+    if peak is None:
+        return None
+    info, shape = read_model(teacher, trust), read_model(student, trust).shape
+    return lambda length: flops_per_token(info, shape, length, recompute) / peak
+
+
+def _train(parts: _Parts, progress: Progress) -> None:
+    config, settings, optimizer = parts.config, parts.config.distill, parts.optimizer
+    planned = num_steps(config, progress.shortened) - progress.step
+    folder = parts.metrics.parent / "checkpoints"
+    with (
+        _stop_signals() as stop,
+        checkpoint.Writer(folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step) as writer,
+    ):
+        steps = _steps(config, parts.data, optimizer, progress)
+        for step in track(steps, "distill", planned, "tok", lambda step: step.phase.tokens_per_step):
+            writer.check()
             phase, within = step.phase, progress.step - step.phase.first_step
+            began, head_before = time.perf_counter(), parts.student.head_seconds
             window = micro_batches(step.data, step.indices, settings.micro_batch_size)
             terms = terms_at(settings, within / max(1, phase.num_steps - 1))
-            found = accumulate_gradients(student, teacher, window, terms)
+            found = accumulate_gradients(parts.student, parts.teacher, window, terms)
             loss = found.loss
             factor = learning_rate_factor(
                 within,
@@ -120,33 +139,73 @@ def _train(
                 settings.learning_rate_curve,
                 settings.decay_share,
             )
-            norm = math.nan
+            norm, updating = math.nan, time.perf_counter()
             if math.isfinite(loss):
                 norm, rate = optimizer.step(factor, settings.max_gradient_norm)
             if not math.isfinite(norm):
+                writer.wait()
                 raise NumericalError(
                     f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
-                    f"{step.indices.tolist()}; nothing was updated, and step {committed} is kept. Lower "
+                    f"{step.indices.tolist()}; nothing was updated, and step {writer.committed} is kept. Lower "
                     f"distill.learning_rate={phase.learning_rate} or raise distill.warmup_steps="
                     f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
                 )
             progress.step += 1
-            last = num_steps(config, progress.shortened)
-            done = progress.step == last
+            if parts.average is not None:
+                parts.average.update(progress.step)
             if progress.step % settings.log_steps == 0 or progress.step == phase.end:
-                seconds = time.perf_counter() - began
-                training_log.append(metrics, {
+                ended = time.perf_counter()
+                training_log.append(parts.metrics, {
                     "step": progress.step, "tokens": phase.tokens_after(progress.step),
                     "loss_tokens": found.num_tokens, "loss": loss,
                     "terms": dict(zip(term_names(terms), found.terms, strict=True)),
-                    "gradient_norm": norm, "learning_rate": rate, "seconds": seconds,
-                    "tokens_per_second": phase.tokens_per_step / seconds,
+                    "gradient_norm": norm, "learning_rate": rate,
+                    **training_log.speed(
+                        ended - began, phase, parts.work, teacher=found.teacher_seconds,
+                        head=parts.student.head_seconds - head_before, optimizer=ended - updating,
+                    ),
                 })  # fmt: skip
+            if settings.validate_steps and (progress.step % settings.validate_steps == 0 or progress.step == phase.end):
+                _validate(parts, phase, progress)
+            last = num_steps(config, progress.shortened)
+            done = progress.step == last
             if done or stop.name or progress.step % settings.checkpoint_steps == 0:
-                save(phase)
-                committed = progress.step
+                state = training_state(parts.student, optimizer, parts.average)
+                facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
+                writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
             if stop.name and not done:
+                writer.wait()
                 raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
+
+
+def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
+    """Measure what would be exported, foretell the phase's end, and stop the phase where recovery has levelled off."""
+    settings, began, tokens = parts.config.distill, time.perf_counter(), phase.tokens_after(progress.step)
+    with parts.average.in_place() if parts.average is not None else contextlib.nullcontext():
+        figures = validate(parts.student, parts.teacher, parts.sets)
+    kl = mean_kl(figures)
+    progress.history.append((progress.step, tokens, kl))
+    end = phase.tokens_after(phase.end)
+    early = tokens - phase.tokens_before < FORECAST_SHARE * (end - phase.tokens_before)
+    foretold = None if early else forecast(progress.curve(phase, settings.warmup_steps), end)
+    training_log.append(parts.metrics, {
+        "step": progress.step, "tokens": tokens, "validation": figures, "kl_to_teacher": kl,
+        "forecast": None if foretold is None else {"kl_to_teacher": foretold, "tokens": end},
+        "seconds": time.perf_counter() - began,
+    })  # fmt: skip
+    log.info("distill: step %d, validation KL to the teacher %.4f%s", progress.step, kl,
+             "" if foretold is None else f", {foretold:.4f} foretold after {end:,} tokens")  # fmt: skip
+    steps = shortened_to(settings, phase, progress)
+    if steps is not None:
+        progress.shortened[phase.number] = steps
+        training_log.append(
+            parts.metrics,
+            {"step": progress.step, "seconds": 0.0, "stop": {"phase": phase.number, "steps": steps}},
+        )
+        log.info(
+            "distill: KL fell slower than distill.stop_slope=%g nats per million tokens: phase %d ends after step %d "
+            "instead of %d", settings.stop_slope, phase.number, phase.first_step + steps, phase.end,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import torch
 
-from compress.architecture import num_parameters, with_sizes
+from compress.architecture import (
+    ModelInfo,
+    num_active_parameters,
+    num_embedding_parameters,
+    num_parameters,
+    with_sizes,
+)
 from compress.depth import removal_reach
 from compress.embedded import resolve
+from compress.families import Shape
 from compress.folders import read_model
 from compress.inputs import source_of
 from compress.parallel import resolve_dtype
@@ -82,3 +89,17 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
             if Path(file).is_file()
         ) / TEXT_BYTES_PER_SECOND  # fmt: skip
     return seconds
+
+
+def flops_per_token(teacher: ModelInfo, student: Shape, sequence_length: int, recompute: bool) -> float:
+    """Of the teacher's forward and the student's forward and backward, for a token of a full sequence."""
+    return _forward(teacher, teacher.shape, sequence_length) + (4 if recompute else 3) * _forward(
+        teacher, student, sequence_length
+    )
+
+
+def _forward(info: ModelInfo, shape: Shape, sequence_length: int) -> float:
+    """2 FLOP a parameter that multiplies the token, and two products over half of the sequence in each layer."""
+    looked_up = 0 if shape.tied else num_embedding_parameters(info, shape) // 2
+    attention = 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+    return 2.0 * (num_active_parameters(info, shape) - looked_up) + attention

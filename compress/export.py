@@ -72,7 +72,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
                 f"the rest again, or give export.step={facts['step']}"
             )
         model = load_model(pruned, torch.float32, trust)
-        load_trained(path, model)
+        averaged = config.distill.ema_decay is not None
+        load_trained(path, model, averaged)
     dtype = resolve_dtype(config.export.dtype)
     for parameter in model.eval().parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
         parameter.data = parameter.data.to(dtype)
@@ -86,7 +87,11 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         open_permissions(folder)
         _check_reloaded(folder, model, trust)
         contract = describe_export(folder, trust)
-        write_json(folder / REPORT, {"step": facts["step"], "num_tokens": facts["tokens"], "contract": contract})
+        weights = (
+            f"their moving average, distill.ema_decay={config.distill.ema_decay}" if averaged else "the last step's"
+        )
+        report = {"step": facts["step"], "num_tokens": facts["tokens"], "weights": weights, "contract": contract}
+        write_json(folder / REPORT, report)
     replace_contents(run_dir / f".{target.name}-new", target)
     log_engines(contract)
     log.info("exported step %d (%d tokens) to %s", facts["step"], facts["tokens"], target)

@@ -38,7 +38,7 @@ class LocalOptimizer:
         weight_decay: float,
     ) -> None:
         self.parameters = dict(named_parameters)
-        self.local = {name: nn.Parameter(_local(p.detach())) for name, p in self.parameters.items()}
+        self.local = {name: nn.Parameter(local_part(p.detach())) for name, p in self.parameters.items()}
         matrices = [n for n, p in self.parameters.items() if muon and p.ndim == 2 and ".layers." in n]
         if any(self.local[n].shape != self.parameters[n].shape for n in matrices):
             raise ConfigError("distill.optimizer=muon needs whole matrices on each rank; use adamw on several ranks")
@@ -66,7 +66,7 @@ class LocalOptimizer:
         anything changes: the caller decides.
         """
         for name, parameter in self.parameters.items():
-            self.local[name].grad = None if parameter.grad is None else _local(parameter.grad)
+            self.local[name].grad = None if parameter.grad is None else local_part(parameter.grad)
         norm = nn.utils.get_total_norm([p.grad for p in self.local.values() if p.grad is not None])
         rate = self._base[0] * factor
         if not torch.isfinite(norm):
@@ -94,19 +94,23 @@ class LocalOptimizer:
                 if not state:  # as the first step() of each would: step count 0, moments 0
                     if isinstance(optimizer, torch.optim.AdamW):
                         state["step"] = torch.zeros((), dtype=torch.float32)
-                        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(local), torch.zeros_like(local)
+                        state["exp_avg"], state["exp_avg_sq"] = (
+                            torch.zeros_like(local),
+                            torch.zeros_like(local),
+                        )
                     else:
                         state["momentum_buffer"] = torch.zeros_like(local)
                 for key, value in state.items():
-                    found[f"{name}/{key}"] = _like(value, self.parameters[name])
+                    found[f"{name}/{key}"] = split_like(value, self.parameters[name])
         return found
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it; the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
+def split_like(value: Tensor, parameter: Tensor) -> Tensor:
     """`value`, split over the ranks as `parameter` is; scalars stay as they are."""
     if not isinstance(parameter, DTensor) or value.ndim == 0:
         return value

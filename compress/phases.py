@@ -43,15 +43,27 @@ class Progress:
 
     step: int = 0
     shortened: dict[int, int] = field(default_factory=dict)  # steps of the phases that were stopped early, by number
+    history: list[tuple[int, int, float]] = field(default_factory=list)  # (step, tokens, KL) of each validation
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Progress:
         """From what a checkpoint's marker says; empty before the first one."""
         shortened = {int(number): int(steps) for number, steps in facts.get("shortened", {}).items()}
-        return cls(int(facts.get("step", 0)), shortened)
+        history = [(int(step), int(tokens), float(kl)) for step, tokens, kl in facts.get("history", ())]
+        return cls(int(facts.get("step", 0)), shortened, history)
 
     def facts(self) -> dict[str, Any]:
-        return {"shortened": {str(number): steps for number, steps in self.shortened.items()}}
+        shortened = {str(number): steps for number, steps in self.shortened.items()}
+        return {"shortened": shortened, "history": [list(point) for point in self.history]}
+
+    def figures(self) -> dict[int, float]:
+        """Validation KL by step."""
+        return {step: kl for step, _, kl in self.history}
+
+    def curve(self, phase: Phase, warmup_steps: int) -> list[tuple[float, float]]:
+        """(tokens, KL) of the validations in this phase after its warm-up."""
+        begin = phase.first_step + warmup_steps
+        return [(float(tokens), kl) for step, tokens, kl in self.history if begin < step <= phase.end]
 
 
 def phases_of(config: CompressConfig, shortened: Mapping[int, int] | None = None) -> list[Phase]:

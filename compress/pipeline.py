@@ -66,12 +66,11 @@ class StageEntry:
 _TRAINING = (
     "num_tokens phases global_batch_size objectives optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
     "learning_rate_curve decay_share "
-    "warmup_steps compile weight_decay beta1 beta2 epsilon max_gradient_norm"
+    "warmup_steps compile stop_slope ema_decay weight_decay beta1 beta2 epsilon max_gradient_norm"
 )
 _TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
-_LATER_KEYS = (  # not of a candidate's
-    "distill.num_tokens", "distill.phases", "distill.min_learning_rate_ratio", "distill.compile",
-)  # fmt: skip
+_LATER = "num_tokens phases stop_slope ema_decay min_learning_rate_ratio compile"  # not of a candidate's training
+_LATER_KEYS = tuple(f"distill.{key}" for key in _LATER.split())
 # Adapters follow the cut: one that turns out to have lost every layer can be left out without another search.
 _SEARCHED_KEYS = tuple(f"prune.{key.name}" for key in dataclasses.fields(PruneConfig) if key.name != "adapters")
 STAGES: dict[Stage, StageEntry] = {
@@ -378,6 +377,8 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             reads += ("export.dtype",)
         if stage is Stage.search and config.search.num_tokens:
             reads += ("data.train[*].weight", *(key for key in _TRAINING_KEYS if key not in _LATER_KEYS))
+        if stage is Stage.distill and config.distill.stop_slope is not None:
+            reads += ("distill.validate_steps", "distill.validate_tokens", "distill.stop_validations")
         settings = {key: _look_up(plain, key) for key in reads}
         if stage is Stage.distill:
             settings |= _phases_read(config)

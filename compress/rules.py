@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
-from compress.phases import phase_settings
+from compress.phases import num_steps, phase_settings
 from compress.settings import BUDGET, CompressConfig, PhaseConfig, PruneConfig, SourceConfig, Stage, set_name
 
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
@@ -36,8 +36,8 @@ _RULES: tuple[_Rule, ...] = (
         "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
         "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
         "search.num_sequences distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
-        "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
-        "evaluate.generate_tokens cluster.num_nodes",
+        "distill.keep_checkpoints distill.log_steps distill.validate_steps export.step evaluate.micro_batch_size "
+        "evaluate.lm_eval_items evaluate.generate_tokens cluster.num_nodes",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
     (
@@ -46,6 +46,7 @@ _RULES: tuple[_Rule, ...] = (
         "prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters prune.max_bytes",
     ),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
+    (lambda v: v >= 2, "must be at least 2, which a slope needs", "distill.stop_validations"),
     (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
     (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates cluster.gpus_per_node"),
     (
@@ -60,12 +61,16 @@ _RULES: tuple[_Rule, ...] = (
         _positive,
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
-        "distill.epsilon prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
+        "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
         "cluster.price_per_gpu_hour",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
-    (lambda v: 0 <= v < 1, "must be within 0 and 1, 1 excluded", "distill.beta1 distill.beta2"),
+    (
+        lambda v: 0 <= v < 1,
+        "must be within 0 and 1, 1 excluded",
+        "distill.beta1 distill.beta2 distill.decay_share distill.ema_decay",
+    ),
     (
         lambda v: 0 <= v < 1,
         "is a share: within 0 and 1, 1 excluded",
@@ -75,7 +80,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         lambda v: _positive(v) and v == int(v),
         "must be a whole positive number of tokens",
-        "distill.num_tokens",
+        "distill.num_tokens distill.validate_tokens",
     ),
     (
         lambda v: v and "/" not in v and not v.startswith("."),
@@ -97,6 +102,7 @@ def check(config: CompressConfig) -> None:
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
     _check_batches(config)
+    _check_validation(config)
     if config.rounds:
         _check_rounds(config)
     elif config.round is not None:
@@ -262,6 +268,21 @@ def _check_batches(config: CompressConfig) -> None:
                 f"{keys['num_tokens']}={tokens} is less than one step of {keys['global_batch_size']} * "
                 f"{keys['sequence_length']} = {batch * length} tokens; give it more, or a smaller batch"
             )
+
+
+def _check_validation(config: CompressConfig) -> None:
+    distill = config.distill
+    if distill.stop_slope is not None and distill.validate_steps is None:
+        raise ConfigError(
+            f"distill.stop_slope={distill.stop_slope} is of KL in validations; set distill.validate_steps, such as "
+            f"{max(1, num_steps(config) // 50)}, or stop_slope=null"
+        )
+    if distill.keep_best and (distill.validate_steps is None or distill.checkpoint_steps % distill.validate_steps):
+        raise ConfigError(
+            f"distill.keep_best=true needs a validation at every checkpoint: distill.checkpoint_steps="
+            f"{distill.checkpoint_steps} must be a multiple of distill.validate_steps={distill.validate_steps}; set "
+            f"validate_steps={distill.checkpoint_steps}, or keep_best=false"
+        )
 
 
 def _check_phases(config: CompressConfig) -> None:

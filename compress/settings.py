@@ -262,9 +262,16 @@ class DistillConfig:
     max_gradient_norm: float = 1.0
     recompute: bool = False  # a layer's activations are made again in the backward: less memory, a third more work
     compile: bool = False  # torch.compile per decoder layer: 1.3x on a CPU after half a minute, needs a C++ compiler
+    ema_decay: float | None = None  # a moving average of the weights is exported instead of them; null = none
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
+    keep_best: bool = False  # the checkpoint of the lowest validation KL too
+    async_checkpoint: bool = False  # written while training goes on, from a copy in memory
     log_steps: int = 1
+    validate_steps: int | None = None  # KL to the teacher, loss, top-1 every so many steps; null = never
+    validate_tokens: Size = 16384.0  # of each validation set, at most
+    stop_slope: float | None = None  # stop when validation KL falls slower, in nats per million tokens; null = never
+    stop_validations: int = 4  # that the slope is taken over
 
 
 @dataclass
