@@ -47,11 +47,30 @@ def train(cache: Path, pruned: Path, tmp_path: Path) -> Any:
         folder = tmp_path / name
         if not folder.exists():
             shutil.copytree(pruned, folder)
-        kept = ("distill.checkpoint_steps=1", "distill.keep_checkpoints=99")
-        _run(cache, folder, (*kept, f"until={until}", *settings))
+        _run(cache, folder, (*KEPT, f"until={until}", *settings))
         return folder
 
     return start
+
+
+LONG_STOP = (*STOPPED, *WSD, *EMA, "distill.num_tokens=10240")
+KEPT = ("distill.checkpoint_steps=1", "distill.keep_checkpoints=99")
+
+
+@pytest.fixture(scope="module")
+def stopped(cache: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps under a wsd schedule that was stopped after 4, exported; look, don't touch."""
+    folder = Path(shutil.copytree(pruned, tmp_path_factory.mktemp("stopped") / "run"))
+    _run(cache, folder, (*KEPT, *LONG_STOP, "until=export"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def averaged(cache: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with a moving average, exported in float32; look, don't touch."""
+    folder = Path(shutil.copytree(pruned, tmp_path_factory.mktemp("averaged") / "run"))
+    _run(cache, folder, (*KEPT, *EMA, "export.dtype=float32", "until=export"))
+    return folder
 
 
 def config(*settings: str) -> CompressConfig:
@@ -80,6 +99,7 @@ def cut_back(run_dir: Path, step: int) -> None:
     """As a kill after `step` was kept would leave it, the log further on than the checkpoints."""
     distill = run_dir / "distill"
     (distill / "manifest.json").rename(distill / "started.json")
+    shutil.rmtree(run_dir / "export", ignore_errors=True)
     for later in steps(run_dir):
         if later > step:
             shutil.rmtree(distill / "checkpoints" / f"step_{later:08d}")
@@ -108,8 +128,6 @@ def test_validation_says_what_evaluate_says_and_status_reads_it(train: Any) -> N
     for name, figure in last["validation"]["validation"].items():
         assert figure == pytest.approx(judged[name], rel=1e-4), name
     assert first["kl_to_teacher"] != last["kl_to_teacher"]
-    report = json.loads((run_dir / "export" / "report.json").read_text())
-    assert report["weights"] == "their moving average, distill.ema_decay=0.9"
     line = progress_line(load_config("recipe=tiny", "data.sequence_length=64", "distill.num_tokens=4096"), run_dir)
     assert line.startswith("step 8 of 8, loss ")
     assert f"KL to the teacher {last['kl_to_teacher']:.4f} at step 8, lowest" in line
@@ -144,15 +162,14 @@ def test_a_forecast_comes_with_enough_validations(train: Any) -> None:
 # -- stopping
 
 
-def test_a_stop_with_wsd_is_the_run_that_was_planned_so_and_is_exported(train: Any) -> None:
-    stopped = train("stopped", *STOPPED, *WSD, "distill.num_tokens=10240", until="export")
+def test_a_stop_with_wsd_is_the_run_that_was_planned_so_and_is_exported(train: Any, stopped: Path) -> None:
     # Validations at 2 and 4, so the decay begins after 4 steps: 1 + 1 + (4 - 1) / 0.75 = 6 steps in all.
     assert steps(stopped)[-1] == 6
     assert [row["stop"] for row in rows(stopped, "stop")] == [{"phase": 1, "steps": 6}]
     rates = [row["learning_rate"] for row in rows(stopped)]
     assert rates[1:5] == [2e-3] * 4
     assert rates[5] == pytest.approx(2e-4)
-    planned = train("planned", *WSD, "distill.num_tokens=3072", "distill.warmup_steps=1")
+    planned = train("planned", *WSD, *EMA, "distill.num_tokens=3072", "distill.warmup_steps=1")
     assert same(weights(stopped, 6), weights(planned, 6))
     assert json.loads((stopped / "export" / "report.json").read_text())["step"] == 6
     line = progress_line(config("data.sequence_length=64", "distill.num_tokens=10240"), stopped)
@@ -160,16 +177,15 @@ def test_a_stop_with_wsd_is_the_run_that_was_planned_so_and_is_exported(train: A
 
 
 @pytest.mark.parametrize("kept", [3, 4, 5])
-def test_a_stop_is_exact_across_a_resume(train: Any, kept: int) -> None:
-    settings = (*STOPPED, *WSD, *EMA, "distill.num_tokens=10240")
-    run_dir = train("a", *settings)
-    expected, log = weights(run_dir, 6), [rows(run_dir, kind) for kind in ("loss", "validation", "stop")]
+def test_a_stop_is_exact_across_a_resume(train: Any, stopped: Path, tmp_path: Path, kept: int) -> None:
+    run_dir = Path(shutil.copytree(stopped, tmp_path / "a"))
     cut_back(run_dir, kept)
     torch.manual_seed(7)
-    train("a", *settings)
+    train("a", *LONG_STOP)
     assert steps(run_dir)[-1] == 6
-    assert same(weights(run_dir, 6), expected)
-    assert [rows(run_dir, kind) for kind in ("loss", "validation", "stop")] == log
+    assert same(weights(run_dir, 6), weights(stopped, 6))
+    for kind in ("loss", "validation", "stop"):
+        assert rows(run_dir, kind) == rows(stopped, kind)
 
 
 def test_other_curves_stop_at_once_and_the_next_phase_goes_on_with_unseen_text(train: Any) -> None:
@@ -193,28 +209,30 @@ def test_without_a_threshold_or_while_it_falls_nothing_stops(train: Any) -> None
 # -- the moving average
 
 
-def test_the_average_is_its_formula_and_is_what_is_exported(train: Any) -> None:
-    run_dir = train("a", *EMA, "export.dtype=float32", until="export")
-    averaged = {n: t.double() for n, t in load_file(run_dir / "prune" / "model.safetensors").items()}
+def test_the_average_is_its_formula_and_is_what_is_exported(averaged: Path) -> None:
+    average = {n: t.double() for n, t in load_file(averaged / "prune" / "model.safetensors").items()}
     for step in range(1, 9):
         decay = min(0.9, (1 + step) / (10 + step))
-        state = weights(run_dir, step)
-        averaged = {n: decay * t + (1 - decay) * state[f"model/model.{n}"].double() for n, t in averaged.items()}
-    exported = load_file(run_dir / "export" / "model.safetensors")
-    for name, tensor in averaged.items():
+        state = weights(averaged, step)
+        average = {n: decay * t + (1 - decay) * state[f"model/model.{n}"].double() for n, t in average.items()}
+    exported = load_file(averaged / "export" / "model.safetensors")
+    for name, tensor in average.items():
         assert torch.allclose(exported[name].double(), tensor, atol=1e-6), name
         assert not torch.equal(exported[name], state[f"model/model.{name}"]), name
         assert torch.equal(exported[name], state[f"average/model.{name}"]), name
-    without = train("b")
-    assert all(torch.equal(t, state[n]) for n, t in weights(without, 8).items()), "training itself is as without"
+    report = json.loads((averaged / "export" / "report.json").read_text())
+    assert report["weights"] == "their moving average, distill.ema_decay=0.9"
 
 
-def test_the_average_resumes_bit_identical(train: Any) -> None:
-    run_dir = train("a", *EMA, "distill.num_tokens=2048")
-    expected = weights(run_dir, 4)
-    cut_back(run_dir, 2)
-    train("a", *EMA, "distill.num_tokens=2048")
-    assert same(weights(run_dir, 4), expected)
+def test_the_average_resumes_bit_identical_and_training_is_as_without(
+    train: Any, averaged: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(averaged, tmp_path / "a"))
+    cut_back(run_dir, 3)
+    train("a", *EMA)
+    assert same(weights(run_dir, 8), weights(averaged, 8))
+    without = weights(train("b"), 8)
+    assert all(torch.equal(t, weights(averaged, 8)[n]) for n, t in without.items())
 
 
 # -- checkpoints
@@ -295,17 +313,19 @@ def test_what_ends_training_is_not_hidden_by_a_failed_write(tmp_path: Path, capl
     assert "the checkpoint in flight was not committed" in caplog.text
 
 
-def test_asynchronous_checkpoints_hold_the_same_and_a_full_disk_ends_the_run(train: Any) -> None:
-    ours, theirs = train("a", "distill.async_checkpoint=true", *EMA), train("b", *EMA)
-    assert steps(ours) == steps(theirs) == list(range(1, 9))
-    for step in (3, 8):
-        assert same(weights(ours, step), weights(theirs, step))
-    cut_back(ours, 3)
+def test_asynchronous_checkpoints_hold_the_same_and_a_full_disk_ends_the_run(
+    train: Any, averaged: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(averaged, tmp_path / "a"))
+    cut_back(run_dir, 3)
+    settings = ("distill.async_checkpoint=true", *EMA)
     with full_disk_after(700 * 1024), pytest.raises(ArtifactError, match="step_00000004: the disk is full"):
-        train("a", "distill.async_checkpoint=true", *EMA)
-    assert steps(ours) == [1, 2, 3]
-    train("a", "distill.async_checkpoint=true", *EMA)
-    assert same(weights(ours, 8), weights(theirs, 8))
+        train("a", *settings)
+    assert steps(run_dir) == [1, 2, 3]
+    train("a", *settings)
+    assert steps(run_dir) == list(range(1, 9))
+    for step in (4, 8):
+        assert same(weights(run_dir, step), weights(averaged, step))
 
 
 # -- refusals
@@ -330,11 +350,10 @@ def test_settings_that_cannot_be_are_refused(settings: tuple[str, ...], said: st
         config(*settings)
 
 
-def test_what_a_stop_is_judged_by_binds_only_with_a_threshold(train: Any) -> None:
-    run_dir = train("a", *STOPPED)
+def test_what_a_stop_is_judged_by_binds_only_with_a_threshold(train: Any, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "a")
     with pytest.raises(ArtifactError, match=r"distill.validate_steps was 2, is now 1"):
-        train("a", *STOPPED, "distill.validate_steps=1")
-    assert steps(run_dir)[-1] == 4
+        train("a", *LONG_STOP, "distill.validate_steps=1")
     plain = train("b", "distill.num_tokens=1024")
     train("b", "distill.num_tokens=1024", *VALIDATED)
     assert not rows(plain, "validation"), "done before, and validation changes no result"
