@@ -21,7 +21,6 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.artifacts import fingerprint, write_json
-from compress.distill import training_order
 from compress.errors import ConfigError, NumericalError
 from compress.folders import read_model
 from compress.inputs import cached_from, open_cache, teacher_of
@@ -32,6 +31,7 @@ from compress.settings import CacheKind, CompressConfig
 from compress.signals import Form, Said, keys_of, pack, say, shard_facts, write_index, write_shard
 from compress.step import trunk
 from compress.tokens import INDEX, Ints, TokenBatch, TokenSet, shard_name
+from compress.training import check_training_data, drawn_sequences
 
 log = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -44,7 +44,7 @@ def preflight(config: CompressConfig) -> None:
 
 def check(config: CompressConfig, run_dir: Path) -> None:
     """Raise ArtifactError before any long work when the cache that is there can't serve the training."""
-    open_cache(config, run_dir, training_order(config, run_dir)[1])
+    open_cache(config, run_dir, drawn_sequences(config, run_dir))
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -54,12 +54,13 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     token, where the teacher's logits aren't finite.
     """
     form = _form(config)
-    data, order = training_order(config, run_dir)
+    check_training_data(config, run_dir)
+    data = TokenSet.open(run_dir / "tokens" / "train")
     folder, made_from = run_dir / "cache", cached_from(config, run_dir)
     dtype = resolve_dtype(config.compute_dtype)
     facts = {**asdict(form), **made_from, "seed": config.seed, "compute_dtype": str(dtype)}
     (folder / INDEX).unlink(missing_ok=True)  # until the shards that it will name are whole
-    drawn = order.distinct()
+    drawn = drawn_sequences(config, run_dir)
     parts = np.split(drawn, range(config.cache.sequences_per_shard, len(drawn), config.cache.sequences_per_shard))
     names = [shard_name(number) for number in range(len(parts))]
     made_by = [{**facts, "sequences": fingerprint(part.tolist())} for part in parts]

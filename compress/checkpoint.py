@@ -12,7 +12,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,18 @@ MARKER = "complete.json"
 RNG = "rng/cpu"
 
 
-def save(folder: Path, step: int, state: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Tensor],
+    facts: dict[str, Any],
+    keep: int,
+    figures: Mapping[int, float] | None = None,
+) -> Path:
     """Commit `state` as step `step`, then remove all but the newest `keep` checkpoints.
 
-    Raises ArtifactError on a full disk; the checkpoints before are untouched then.
+    figures: of steps, such as their validation KL; of those that have one the lowest is kept too. Raises ArtifactError
+    on a full disk; the checkpoints before are untouched then.
     """
     final = folder / f"step_{step:08d}"
     with building_folder(final) as temporary:
@@ -41,15 +50,73 @@ def save(folder: Path, step: int, state: dict[str, Tensor], facts: dict[str, Any
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.save(
-                    {**state, RNG: torch.get_rng_state()}, storage_writer=writer, no_dist=not dist.is_initialized()
-                )
+                # One rank has nobody to talk to, and may be in a thread beside training, which does.
+                alone = not dist.is_initialized() or dist.get_world_size() == 1
+                dcp.save({RNG: torch.get_rng_state(), **state}, storage_writer=writer, no_dist=alone)
         except dcp.CheckpointException as error:  # carries what each rank raised; one rank is enough to say why
             raise next(iter(error.failures.values()))[0] from error
         write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step_{old:08d}")
+    there = steps(folder)
+    measured = [known for known in there if known in (figures or {})]
+    best = min(measured, key=lambda known: ((figures or {})[known], known)) if measured else None
+    for old in there[:-keep]:
+        if old != best:
+            shutil.rmtree(folder / f"step_{old:08d}")
     return final
+
+
+class Writer:
+    """Commits checkpoints one after the other; `asynchronous` in a thread, from a copy, while training goes on.
+
+    At most one is in flight. Why it failed is raised by the next check(), save() or wait(); leaving the block waits.
+    """
+
+    def __init__(self, folder: Path, keep: int, asynchronous: bool, committed: int = 0) -> None:
+        self.folder, self.keep, self.committed = folder, keep, committed
+        self._threads = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writing: Future[None] | None = None
+
+    def save(
+        self, step: int, state: dict[str, Tensor], facts: dict[str, Any], figures: Mapping[int, float] | None = None
+    ) -> None:
+        """`state` may change as soon as this returns. Raises ArtifactError on a full disk, of this or the last one."""
+        self.wait()
+        if self._threads is None:
+            self._save(step, state, facts, figures)
+            return
+        copied = {name: tensor.detach().clone() for name, tensor in {RNG: torch.get_rng_state(), **state}.items()}
+        self._writing = self._threads.submit(self._save, step, copied, facts, figures)
+
+    def _save(
+        self, step: int, state: dict[str, Tensor], facts: dict[str, Any], figures: Mapping[int, float] | None
+    ) -> None:
+        save(self.folder, step, state, facts, self.keep, figures)
+        self.committed = step
+
+    def check(self) -> None:
+        """Raise what made a finished write fail; returns at once while one is in flight."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is in flight. Raises what made it fail."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        try:
+            self.wait()
+        except ArtifactError as error:
+            if kind is None:
+                raise
+            log.warning("the checkpoint in flight was not committed: %s", error)  # what ended training is raised
+        finally:
+            if self._threads is not None:
+                self._threads.shutdown()
 
 
 def steps(folder: Path) -> list[int]:

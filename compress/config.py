@@ -26,7 +26,16 @@ from omegaconf.errors import (
 
 from compress.errors import ConfigError
 from compress.rules import check
-from compress.settings import CompressConfig, DepthCriterion, RoundConfig, Size, SourceConfig, Stage, TermConfig
+from compress.settings import (
+    CompressConfig,
+    DepthCriterion,
+    PhaseConfig,
+    RoundConfig,
+    Size,
+    SourceConfig,
+    Stage,
+    TermConfig,
+)
 
 GROUPS = ("recipe", "cluster")
 
@@ -189,8 +198,9 @@ def _rule_of(hint: Any) -> str | None:
         list[str]: "a list of names, such as [activation,taylor]",
         list[DepthCriterion]: f"a list of {', '.join(DepthCriterion)}",
         list[SourceConfig]: "a list of sources, such as [{path: my.jsonl}]",
-        list[TermConfig]: "a list of terms, such as [{objective: forward_kl}]",
         list[list[int]]: "a list of [student, teacher] pairs of layers, such as [[-1,-1]]",
+        list[PhaseConfig]: "a list of phases, such as [{}, {num_tokens: 1B, learning_rate: 1e-4}]",
+        list[float]: "a list of numbers, such as [0.9,0.1]",
         list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
         list[TermConfig]: "a list of terms, such as [{objective: forward_kl}]",
         SourceConfig: "a source, such as {path: my.jsonl}",

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from compress import checkpoint
-from compress.artifacts import disk_errors, write_atomic
+from compress import checkpoint, training_log
 from compress.capture import check_models, listening, make_projections
 from compress.errors import ConfigError, Interrupted, NumericalError
+from compress.estimate import flops_per_token
+from compress.folders import read_model
 from compress.inputs import open_cache, start_of, teacher_of
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model
+from compress.moving_average import MovingAverage
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
-from compress.progress import about, track
+from compress.phases import Phase, Progress, num_steps, phases_of
+from compress.progress import track
+from compress.recovery import FORECAST_SHARE, forecast
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
 from compress.teacher import CachedTeacher, Teacher
-from compress.tokens import SequenceOrder, TokenSet
+from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
+    check_training_data,
+    drawn_sequences,
     micro_batches,
     optimizer_of,
-    refuse_empty_windows,
+    phase_data,
+    phase_orders,
     resume,
-    source_weights,
+    shortened_to,
     term_names,
     terms_at,
     training_state,
 )
+from compress.validation import mean_kl, validate, validation_batches
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +60,9 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     settings, trust = config.distill, config.teacher.trust_remote_code
     teacher_path = teacher_of(config)
     student_path = start_of(config, run_dir)
-    data, order = training_order(config, run_dir)
-    max_steps = num_steps(config)
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    check_training_data(config, run_dir)
+    sets = validation_batches(config, run_dir) if settings.validate_steps else {}
     check_same_tokenizer(teacher_path, student_path, trust)
     check_vocabulary(teacher_path, student_path, trust)
     dtype = resolve_dtype(config.compute_dtype)
@@ -63,7 +70,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     with single_process_mesh() as mesh:
         terms = settings.objectives
         model = load_model(student_path, torch.float32, trust)
-        teacher = _teacher(config, run_dir, order, dtype, model)
+        teacher = _teacher(config, run_dir, dtype, model)
         if settings.recompute:
             recompute_layers(model)
         if settings.compile:
@@ -74,23 +81,23 @@ def run(config: CompressConfig, run_dir: Path) -> None:
             projections = make_projections(terms, *widths, config.seed)
         student = StudentModule(model, projections).train()
         shard(student, decoder_layers(model), mesh, dtype)
+        register_fsdp_forward_method(student, "figures")
+        average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
         optimizer = optimizer_of(student, settings)
-        folder = run_dir / "distill" / "checkpoints"
-        start = resume(folder, student, optimizer)
-        if start:
-            log.info("distill: resuming after step %d from step_%08d", start, start)
+        progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average))
+        if progress.step:
+            log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
         metrics = run_dir / "distill" / "metrics.jsonl"
-        _keep_metrics_before(metrics, start)
-        _train(config, student, teacher, optimizer, data, order, range(start, max_steps), folder, metrics)
+        training_log.keep_up_to(metrics, progress.step)
+        work = _work(config, teacher_path, student_path)
+        _train(_Parts(config, student, teacher, optimizer, average, data, sets, work, metrics), progress)
 
 
-def _teacher(
-    config: CompressConfig, run_dir: Path, order: SequenceOrder, dtype: torch.dtype, student: PreTrainedModel
-) -> TeacherSource:
+def _teacher(config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel) -> TeacherSource:
     """Who is distilled from. Of a cached teacher no weights are read."""
     terms = config.distill.objectives
     if config.teacher.mode is TeacherMode.cached:
-        cache = open_cache(config, run_dir, order)
+        cache = open_cache(config, run_dir, drawn_sequences(config, run_dir))
         if student.config.vocab_size < cache.form.vocab_size:
             raise ConfigError(
                 f"the student's vocab_size={student.config.vocab_size} is less than the {cache.form.vocab_size} of the "
@@ -104,126 +111,145 @@ def _teacher(
     return Teacher(model, listening(terms, to_teacher=True))
 
 
-def _train(
-    config: CompressConfig,
-    student: nn.Module,
-    teacher: TeacherSource,
-    optimizer: LocalOptimizer,
-    data: TokenSet,
-    order: SequenceOrder,
-    step_range: range,
-    folder: Path,
-    metrics: Path,
-) -> None:
-    settings = config.distill
-    tokens_per_step = settings.global_batch_size * data.sequence_length
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a training works with."""
 
-    def save(step: int) -> None:
-        checkpoint.save(
-            folder,
-            step,
-            training_state(student, optimizer),
-            {"tokens": step * tokens_per_step},
-            settings.keep_checkpoints,
-        )
+    config: CompressConfig
+    student: StudentModule
+    teacher: TeacherSource
+    optimizer: LocalOptimizer
+    average: MovingAverage | None
+    data: TokenSet
+    sets: dict[str, list[TokenBatch]]  # to validate on, by name
+    work: Callable[[int], float] | None  # FLOP of a token in a sequence of that length, over the peak in a second
+    metrics: Path
 
-    committed = step_range.start
-    with _stop_signals() as stop:
-        for step in track(step_range, "distill", unit="tok", amount=lambda _: tokens_per_step):
-            began = time.perf_counter()
-            indices = order.indices(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
-            window = micro_batches(data, indices, settings.micro_batch_size)
-            terms = terms_at(settings, step / max(1, step_range.stop - 1))
-            found = accumulate_gradients(student, teacher, window, terms)
+
+def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int], float] | None:
+    """The seconds that a token of a sequence of some length would take at cluster.peak_flops; None without it."""
+    peak, trust, recompute = config.cluster.peak_flops, config.teacher.trust_remote_code, config.distill.recompute
+    if peak is None:
+        return None
+    info, shape = read_model(teacher, trust), read_model(student, trust).shape
+    return lambda length: flops_per_token(info, shape, length, recompute) / peak
+
+
+def _train(parts: _Parts, progress: Progress) -> None:
+    config, settings, optimizer = parts.config, parts.config.distill, parts.optimizer
+    planned = num_steps(config, progress.shortened) - progress.step
+    folder = parts.metrics.parent / "checkpoints"
+    with (
+        _stop_signals() as stop,
+        checkpoint.Writer(folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step) as writer,
+    ):
+        steps = _steps(config, parts.data, optimizer, progress)
+        for step in track(steps, "distill", planned, "tok", lambda step: step.phase.tokens_per_step):
+            writer.check()
+            phase, within = step.phase, progress.step - step.phase.first_step
+            began, head_before = time.perf_counter(), parts.student.head_seconds
+            window = micro_batches(step.data, step.indices, settings.micro_batch_size)
+            terms = terms_at(settings, within / max(1, phase.num_steps - 1))
+            found = accumulate_gradients(parts.student, parts.teacher, window, terms)
             loss = found.loss
             factor = learning_rate_factor(
-                step,
-                step_range.stop,
+                within,
+                phase.num_steps,
                 settings.warmup_steps,
                 settings.min_learning_rate_ratio,
                 settings.learning_rate_curve,
                 settings.decay_share,
             )
-            norm = math.nan
+            norm, updating = math.nan, time.perf_counter()
             if math.isfinite(loss):
                 norm, rate = optimizer.step(factor, settings.max_gradient_norm)
             if not math.isfinite(norm):
+                writer.wait()
                 raise NumericalError(
-                    f"distill step {step + 1}: loss {loss}, gradient norm {norm} on training sequences "
-                    f"{indices.tolist()}; nothing was updated, and step {committed} is kept. Lower "
-                    f"distill.learning_rate={settings.learning_rate} or raise distill.warmup_steps="
+                    f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
+                    f"{step.indices.tolist()}; nothing was updated, and step {writer.committed} is kept. Lower "
+                    f"distill.learning_rate={phase.learning_rate} or raise distill.warmup_steps="
                     f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
                 )
-            if (step + 1) % settings.log_steps == 0 or step + 1 == step_range.stop:
-                seconds = time.perf_counter() - began
-                _append(metrics, {
-                    "step": step + 1, "tokens": (step + 1) * tokens_per_step, "loss_tokens": found.num_tokens,
-                    "loss": loss,
+            progress.step += 1
+            if parts.average is not None:
+                parts.average.update(progress.step)
+            if progress.step % settings.log_steps == 0 or progress.step == phase.end:
+                ended = time.perf_counter()
+                training_log.append(parts.metrics, {
+                    "step": progress.step, "tokens": phase.tokens_after(progress.step),
+                    "loss_tokens": found.num_tokens, "loss": loss,
                     "terms": dict(zip(term_names(terms), found.terms, strict=True)),
-                    "gradient_norm": norm, "learning_rate": rate, "seconds": seconds,
-                    "tokens_per_second": tokens_per_step / seconds,
+                    "gradient_norm": norm, "learning_rate": rate,
+                    **training_log.speed(
+                        ended - began, phase, parts.work, teacher=found.teacher_seconds,
+                        head=parts.student.head_seconds - head_before, optimizer=ended - updating,
+                    ),
                 })  # fmt: skip
-            done = step + 1 == step_range.stop
-            if done or stop.name or (step + 1) % settings.checkpoint_steps == 0:
-                save(step + 1)
-                committed = step + 1
+            if settings.validate_steps and (progress.step % settings.validate_steps == 0 or progress.step == phase.end):
+                _validate(parts, phase, progress)
+            last = num_steps(config, progress.shortened)
+            done = progress.step == last
+            if done or stop.name or progress.step % settings.checkpoint_steps == 0:
+                state = training_state(parts.student, optimizer, parts.average)
+                facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
+                writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
             if stop.name and not done:
-                raise Interrupted(
-                    f"{stop.name}: step {step + 1} of {step_range.stop} is saved; the same command goes on"
-                )
+                writer.wait()
+                raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
 
 
-def progress_line(config: CompressConfig, run_dir: Path) -> str:
-    """How far training is, for `stage=status`: step, loss, and time left at the last steps' pace."""
-    metrics = run_dir / "distill" / "metrics.jsonl"
-    rows = _logged(metrics)
-    if not rows:
-        return "no step yet"
-    pace = sum(row["seconds"] for row in rows[-10:]) / len(rows[-10:])
-    left = (num_steps(config) - rows[-1]["step"]) * pace
-    saved = checkpoint.steps(run_dir / "distill" / "checkpoints")
-    return (
-        f"step {rows[-1]['step']} of {num_steps(config)}, loss {rows[-1]['loss']:.4f}, about {about(left)} left; "
-        f"kept steps: {', '.join(map(str, saved)) or 'none'}"
-    )
+def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
+    """Measure what would be exported, foretell the phase's end, and stop the phase where recovery has levelled off."""
+    settings, began, tokens = parts.config.distill, time.perf_counter(), phase.tokens_after(progress.step)
+    with parts.average.in_place() if parts.average is not None else contextlib.nullcontext():
+        assert isinstance(parts.teacher, Teacher), "refused by rules.py"
+        figures = validate(parts.student, parts.teacher, parts.sets)
+    kl = mean_kl(figures)
+    progress.history.append((progress.step, tokens, kl))
+    end = phase.tokens_after(phase.end)
+    early = tokens - phase.tokens_before < FORECAST_SHARE * (end - phase.tokens_before)
+    foretold = None if early else forecast(progress.curve(phase, settings.warmup_steps), end)
+    training_log.append(parts.metrics, {
+        "step": progress.step, "tokens": tokens, "validation": figures, "kl_to_teacher": kl,
+        "forecast": None if foretold is None else {"kl_to_teacher": foretold, "tokens": end},
+        "seconds": time.perf_counter() - began,
+    })  # fmt: skip
+    log.info("distill: step %d, validation KL to the teacher %.4f%s", progress.step, kl,
+             "" if foretold is None else f", {foretold:.4f} foretold after {end:,} tokens")  # fmt: skip
+    steps = shortened_to(settings, phase, progress)
+    if steps is not None:
+        progress.shortened[phase.number] = steps
+        training_log.append(
+            parts.metrics,
+            {"step": progress.step, "seconds": 0.0, "stop": {"phase": phase.number, "steps": steps}},
+        )
+        log.info(
+            "distill: KL fell slower than distill.stop_slope=%g nats per million tokens: phase %d ends after step %d "
+            "instead of %d", settings.stop_slope, phase.number, phase.first_step + steps, phase.end,
+        )  # fmt: skip
 
 
-def num_steps(config: CompressConfig) -> int:
-    """Whole optimizer steps within distill.num_tokens, packed tokens with padding counted."""
-    return int(config.distill.num_tokens) // (config.distill.global_batch_size * config.data.sequence_length)
+@dataclasses.dataclass
+class _Step:
+    phase: Phase
+    data: TokenSet
+    indices: Ints  # of its sequences in data
 
 
-def training_order(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
-    """The training tokens and the order in which they are seen. Raises ConfigError for a step without loss tokens."""
-    data = TokenSet.open(run_dir / "tokens" / "train")
-    max_steps, batch = num_steps(config), config.distill.global_batch_size
-    order = SequenceOrder(data.source_sizes, source_weights(config), max_steps * batch, seed=config.seed)
-    refuse_empty_windows(data, order, max_steps, batch, "distill")
-    return data, order
-
-
-def _keep_metrics_before(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that a kill took back, so that the file has each step once."""
-    if metrics.exists():
-        write_atomic(metrics, "".join(f"{json.dumps(row)}\n" for row in _logged(metrics) if row["step"] <= step))
-
-
-def _logged(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; what a kill or a full disk left of a line isn't one."""
-    rows = []
-    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"step", "seconds", "loss"} <= row.keys():
-                rows.append(row)
-    return rows
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as handle:
-            handle.write(json.dumps(row) + "\n")
+def _steps(config: CompressConfig, data: TokenSet, optimizer: LocalOptimizer, progress: Progress) -> Iterator[_Step]:
+    """The steps that are left, phase by phase; progress says after each how far training is and how far phases go."""
+    for number in range(len(phases_of(config))):
+        phase = phases_of(config, progress.shortened)[number]
+        if progress.step >= phase.end:
+            continue
+        optimizer.set_learning_rates(phase.learning_rate, phase.muon_learning_rate)
+        order = phase_orders(config, data, phases_of(config, progress.shortened)[: number + 1])[number]
+        pieces = phase_data(data, phase, order)
+        while progress.step < phase.end:
+            draw = (progress.step - phase.first_step) * phase.global_batch_size
+            yield _Step(phase, pieces, order.indices(draw, draw + phase.global_batch_size))
+            phase = phases_of(config, progress.shortened)[number]  # an early stop may have changed its end
 
 
 @dataclasses.dataclass

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import torch
 
-from compress.architecture import num_parameters, with_sizes
+from compress.architecture import (
+    ModelInfo,
+    num_active_parameters,
+    num_embedding_parameters,
+    num_parameters,
+    with_sizes,
+)
 from compress.depth import removal_reach
 from compress.embedded import resolve
+from compress.families import Shape
 from compress.folders import read_model
 from compress.inputs import source_of
 from compress.parallel import resolve_dtype
+from compress.phases import num_tokens
 from compress.settings import CompressConfig, Stage, TeacherMode
 from compress.sources import local_files
 from compress.targets import given_sizes
@@ -68,8 +76,8 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         # Each later round has half of the candidates and brings them as far again, the teacher's pass being shared.
         + max(1, distilled.bit_length() / 2) * distilled * search.num_tokens * 6 * student / STEP_EFFICIENCY,
         Stage.prune: compensate,
-        Stage.cache: config.distill.num_tokens * 2 * teacher / FORWARD_EFFICIENCY,
-        Stage.distill: config.distill.num_tokens * (2 * online + 6 * student) / STEP_EFFICIENCY,
+        Stage.cache: num_tokens(config) * 2 * teacher / FORWARD_EFFICIENCY,
+        Stage.distill: num_tokens(config) * (2 * online + 6 * student) / STEP_EFFICIENCY,
         # The float32 softmax over the vocabulary takes as long again as the products.
         Stage.evaluate: 2 * evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
     }
@@ -83,3 +91,17 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
             if Path(file).is_file()
         ) / TEXT_BYTES_PER_SECOND  # fmt: skip
     return seconds
+
+
+def flops_per_token(teacher: ModelInfo, student: Shape, sequence_length: int, recompute: bool) -> float:
+    """Of the teacher's forward and the student's forward and backward, for a token of a full sequence."""
+    return _forward(teacher, teacher.shape, sequence_length) + (4 if recompute else 3) * _forward(
+        teacher, student, sequence_length
+    )
+
+
+def _forward(info: ModelInfo, shape: Shape, sequence_length: int) -> float:
+    """2 FLOP a parameter that multiplies the token, and two products over half of the sequence in each layer."""
+    looked_up = 0 if shape.tied else num_embedding_parameters(info, shape) // 2
+    attention = 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+    return 2.0 * (num_active_parameters(info, shape) - looked_up) + attention

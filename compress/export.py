@@ -11,11 +11,11 @@ import torch
 from compress import checkpoint
 from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents, write_json
 from compress.contract import describe_export, log_engines
-from compress.distill import num_steps
 from compress.errors import ArtifactError, ConfigError
 from compress.inputs import student_of, teacher_of
 from compress.models import load_model
 from compress.parallel import resolve_dtype
+from compress.phases import Progress, num_steps
 from compress.settings import CompressConfig
 from compress.slicing import copy_companions
 from compress.targets import ADAPTERS
@@ -64,14 +64,16 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         if found is None:
             raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
         path, facts = found
-        if config.export.step is None and facts["step"] != num_steps(config):
+        last = num_steps(config, Progress.of(facts).shortened)
+        if config.export.step is None and facts["step"] != last:
             raise ArtifactError(
-                f"{run_dir / 'distill'}: training ended at step {num_steps(config)}, but the newest whole checkpoint "
+                f"{run_dir / 'distill'}: training ended at step {last}, but the newest whole checkpoint "
                 f"is of step {facts['step']}. Delete {run_dir / 'distill' / MANIFEST} and run stage=distill to train "
                 f"the rest again, or give export.step={facts['step']}"
             )
         model = load_model(pruned, torch.float32, trust)
-        load_trained(path, model)
+        averaged = config.distill.ema_decay is not None
+        load_trained(path, model, averaged)
     dtype = resolve_dtype(config.export.dtype)
     for parameter in model.eval().parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
         parameter.data = parameter.data.to(dtype)
@@ -85,7 +87,11 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         open_permissions(folder)
         _check_reloaded(folder, model, trust)
         contract = describe_export(folder, trust)
-        write_json(folder / REPORT, {"step": facts["step"], "num_tokens": facts["tokens"], "contract": contract})
+        weights = (
+            f"their moving average, distill.ema_decay={config.distill.ema_decay}" if averaged else "the last step's"
+        )
+        report = {"step": facts["step"], "num_tokens": facts["tokens"], "weights": weights, "contract": contract}
+        write_json(folder / REPORT, report)
     replace_contents(run_dir / f".{target.name}-new", target)
     log_engines(contract)
     log.info("exported step %d (%d tokens) to %s", facts["step"], facts["tokens"], target)

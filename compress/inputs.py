@@ -14,7 +14,7 @@ from compress.multiple_choice import Item, read_items
 from compress.parallel import available_bytes, resolve_dtype
 from compress.settings import CompressConfig
 from compress.signals import SignalCache
-from compress.tokens import SequenceOrder, TokenSet
+from compress.tokens import Ints, TokenSet
 
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
@@ -52,10 +52,10 @@ def cached_from(config: CompressConfig, run_dir: Path) -> dict[str, str]:
     }
 
 
-def open_cache(config: CompressConfig, run_dir: Path, order: SequenceOrder) -> SignalCache:
-    """The run's cache. Raises ArtifactError unless it is whole, of this teacher and text, and holds all of `order`."""
+def open_cache(config: CompressConfig, run_dir: Path, drawn: Ints) -> SignalCache:
+    """The run's cache. Raises ArtifactError unless it is whole, of this teacher and text, and has what is `drawn`."""
     cache = SignalCache(run_dir / "cache")
-    cache.check(cached_from(config, run_dir), order.distinct())
+    cache.check(cached_from(config, run_dir), drawn)
     return cache
 
 

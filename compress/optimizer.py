@@ -38,7 +38,7 @@ class LocalOptimizer:
         weight_decay: float,
     ) -> None:
         self.parameters = dict(named_parameters)
-        self.local = {name: nn.Parameter(_local(p.detach())) for name, p in self.parameters.items()}
+        self.local = {name: nn.Parameter(local_part(p.detach())) for name, p in self.parameters.items()}
         matrices = [n for n, p in self.parameters.items() if muon and p.ndim == 2 and ".layers." in n]
         if any(self.local[n].shape != self.parameters[n].shape for n in matrices):
             raise ConfigError("distill.optimizer=muon needs whole matrices on each rank; use adamw on several ranks")
@@ -53,7 +53,11 @@ class LocalOptimizer:
             self.optimizers.append(
                 torch.optim.Muon([self.local[n] for n in matrices], lr=muon_learning_rate, weight_decay=weight_decay)
             )
-        self._base = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.set_learning_rates(learning_rate, muon_learning_rate)
+
+    def set_learning_rates(self, learning_rate: float, muon_learning_rate: float) -> None:
+        """Of AdamW and of Muon, which step() multiplies by its factor."""
+        self._base = [learning_rate, muon_learning_rate][: len(self.optimizers)]
 
     def step(self, factor: float, max_gradient_norm: float) -> tuple[float, float]:
         """Clip the global gradient norm, update at `factor` times the learning rates, free the gradients.
@@ -62,15 +66,15 @@ class LocalOptimizer:
         anything changes: the caller decides.
         """
         for name, parameter in self.parameters.items():
-            self.local[name].grad = None if parameter.grad is None else _local(parameter.grad)
+            self.local[name].grad = None if parameter.grad is None else local_part(parameter.grad)
         norm = nn.utils.get_total_norm([p.grad for p in self.local.values() if p.grad is not None])
-        rate = self._base[0][0] * factor
+        rate = self._base[0] * factor
         if not torch.isfinite(norm):
             return norm.item(), rate
         nn.utils.clip_grads_with_norm_(self.local.values(), max_gradient_norm, norm)
         for optimizer, base in zip(self.optimizers, self._base, strict=True):
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * factor
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
             optimizer.step()
         for name, parameter in self.parameters.items():
             parameter.grad = self.local[name].grad = None
@@ -90,19 +94,23 @@ class LocalOptimizer:
                 if not state:  # as the first step() of each would: step count 0, moments 0
                     if isinstance(optimizer, torch.optim.AdamW):
                         state["step"] = torch.zeros((), dtype=torch.float32)
-                        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(local), torch.zeros_like(local)
+                        state["exp_avg"], state["exp_avg_sq"] = (
+                            torch.zeros_like(local),
+                            torch.zeros_like(local),
+                        )
                     else:
                         state["momentum_buffer"] = torch.zeros_like(local)
                 for key, value in state.items():
-                    found[f"{name}/{key}"] = _like(value, self.parameters[name])
+                    found[f"{name}/{key}"] = split_like(value, self.parameters[name])
         return found
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it; the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
+def split_like(value: Tensor, parameter: Tensor) -> Tensor:
     """`value`, split over the ranks as `parameter` is; scalars stay as they are."""
     if not isinstance(parameter, DTensor) or value.ndim == 0:
         return value

@@ -53,10 +53,13 @@ from compress.inputs import source_of, student_of, teacher_of
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, launched, refuse_several_ranks
+from compress.phases import phase_settings
 from compress.progress import about
 from compress.rules import round_config
 from compress.settings import BUDGET, CompressConfig, PruneConfig, Stage, TeacherMode, set_name
 from compress.sources import local_files
+from compress.training import check_training_data
+from compress.training_log import progress_line
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +79,13 @@ class StageEntry:
 
 
 _TRAINING = (
-    "num_tokens global_batch_size objectives optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
+    "num_tokens phases global_batch_size objectives optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
     "learning_rate_curve decay_share "
-    "warmup_steps compile weight_decay beta1 beta2 epsilon max_gradient_norm"
+    "warmup_steps compile stop_slope ema_decay weight_decay beta1 beta2 epsilon max_gradient_norm"
 )
 _TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
-_LATER_KEYS = ("distill.num_tokens", "distill.min_learning_rate_ratio", "distill.compile")  # not of a candidate's
+_LATER = "num_tokens phases stop_slope ema_decay min_learning_rate_ratio compile"  # not of a candidate's training
+_LATER_KEYS = tuple(f"distill.{key}" for key in _LATER.split())
 # Adapters follow the cut: one that turns out to have lost every layer can be left out without another search.
 _SEARCHED_KEYS = tuple(f"prune.{key.name}" for key in dataclasses.fields(PruneConfig) if key.name != "adapters")
 STAGES: dict[Stage, StageEntry] = {
@@ -162,7 +166,7 @@ def run(config: CompressConfig) -> None:
     _check_places(config)
     chosen = _chosen(config)
     expected = expectations(config)
-    todo = [stage for stage in chosen if not _is_done(config, stage, expected[stage])]
+    todo = [stage for stage in chosen if not _is_done(config, stage, expected)]
     _check_upstream(config, chosen, todo, expected)
     if Stage.export in todo:
         export.preflight(config, run_dir, training=Stage.distill in todo)
@@ -191,8 +195,8 @@ def run(config: CompressConfig) -> None:
         log.info("will run %s: about %s in all, into %s", ", ".join(todo), about(sum(estimated.values())), run_dir)
     for stage in todo:
         if stage is not Stage.tokenize and Stage.distill in todo[todo.index(stage) :]:
-            distill.training_order(config, run_dir)  # refuses data that can't be trained on before the scoring
-        _run_stage(config, run_dir, stage, expected[stage])
+            check_training_data(config, run_dir)  # refuses data that can't be trained on before the scoring
+        _run_stage(config, run_dir, stage, expected)
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
     elif chosen[-1] is Stage.prune:
@@ -325,18 +329,23 @@ def _known_of(config: CompressConfig) -> tuple[list[Family], list[int | None]]:
     return [student.family, teacher.family], [layers, teacher.shape.num_hidden_layers]
 
 
-def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: dict[str, Any]) -> None:
-    entry = STAGES[stage]
+def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, everything: dict[Stage, dict[str, Any]]) -> None:
+    entry, expected = STAGES[stage], everything[stage]
     folder = run_dir / entry.folder(config)
     if not launched().is_main:  # the first rank keeps the books
         entry.run(config, run_dir)
         return
     with run_lock(run_dir, folder.name):
-        if _is_done(config, stage, expected):  # another process finished it since we looked
+        if _is_done(config, stage, everything):  # another process finished it since we looked
             return
         log.info("%s: starting", stage)
         began = time.time()
         write_json(folder / STARTED, expected)
+        kept = checkpoint.steps(folder / "checkpoints")
+        before = _read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if before is not None:
+            log.info("%s: it was done with fewer distill.phases, and goes on", stage)
+            (folder / MANIFEST).unlink()
         (folder / ERROR).unlink(missing_ok=True)
         try:
             entry.run(config, run_dir)
@@ -344,8 +353,11 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, expected: di
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
             # What is mended next is most likely a setting, so a failure binds nobody; checkpoints do: they go on.
-            if not isinstance(error, Interrupted) and not checkpoint.steps(folder / "checkpoints"):
+            now = checkpoint.steps(folder / "checkpoints")
+            if not isinstance(error, Interrupted) and (now == kept if before else not now):
                 (folder / STARTED).unlink(missing_ok=True)
+                if before is not None:  # the appended phases failed at once: what there was is done as it was
+                    write_json(folder / MANIFEST, before)
             raise
         seconds = time.time() - began
         manifest = {**expected, "seconds": seconds, "versions": _versions(), "config": _plain(config)}
@@ -414,7 +426,11 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             reads += ("export.dtype",)
         if stage is Stage.search and config.search.num_tokens:
             reads += ("data.train[*].weight", *(key for key in _TRAINING_KEYS if key not in _LATER_KEYS))
+        if stage is Stage.distill and config.distill.stop_slope is not None:
+            reads += ("distill.validate_steps", "distill.validate_tokens", "distill.stop_validations")
         settings = {key: _look_up(plain, key) for key in reads}
+        if stage is Stage.distill:
+            settings |= _phases_read(config)
         upstream = {
             before.value: result[before]["fingerprint"] for before in entry.after if before not in _left_out(config)
         }
@@ -423,14 +439,51 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
     return result
 
 
-def _is_done(config: CompressConfig, stage: Stage, expected: dict[str, Any]) -> bool:
-    """True when the manifest is there and equal. Raises ArtifactError for one, or half-done work, of other settings."""
+def _phases_read(config: CompressConfig) -> dict[str, Any]:
+    """The phases in full: the first by the keys of a run of one, so that both say the same, and what makes the rest."""
+    first, *rest = phase_settings(config)
+    weights = first.pop("weights")
+    length = first.pop("sequence_length")
+    return {
+        **{f"distill.{key}": value for key, value in first.items()},
+        "data.train[*].weight": weights or [source.weight for source in config.data.train],
+        "distill.phases": {
+            "1": {"sequence_length": length}, **{str(number): phase for number, phase in enumerate(rest, start=2)}
+        },
+    }  # fmt: skip
+
+
+def _earlier(expected: dict[Stage, dict[str, Any]], stage: Stage) -> set[str]:
+    """The stage's fingerprints before phases were appended: with only the first of them, the first two, ..."""
+    found = set()
+    phases = expected[Stage.distill]["settings"]["distill.phases"]
+    for count in range(1, len(phases)):
+        changed: dict[str, str] = {}
+        for later in (Stage.distill, Stage.export, Stage.evaluate):
+            facts = {key: value for key, value in expected[later].items() if key != "fingerprint"}
+            if later is Stage.distill:
+                some = {number: phase for number, phase in phases.items() if int(number) <= count}
+                facts["settings"] = {**facts["settings"], "distill.phases": some}
+            facts["upstream"] = {**facts["upstream"], **{k: v for k, v in changed.items() if k in facts["upstream"]}}
+            changed[later.value] = fingerprint(facts)
+        found |= {changed[stage.value]} if stage.value in changed else set()
+    return found
+
+
+def _is_done(config: CompressConfig, stage: Stage, everything: dict[Stage, dict[str, Any]]) -> bool:
+    """True when the manifest is there and equal; False where phases were appended since, so that the stage goes on.
+
+    Raises ArtifactError for a manifest, or half-done work, of other settings.
+    """
+    expected = everything[stage]
     folder = _run_dir(config) / STAGES[stage].folder(config)
     for name, done in ((MANIFEST, True), (STARTED, False)):
         if (folder / name).exists() and (done or _has_work(folder)):
             found = _read_manifest(folder / name)
             if found["fingerprint"] == expected["fingerprint"]:
                 return done
+            if found["fingerprint"] in _earlier(everything, stage):
+                continue
             raise ArtifactError(
                 f"{folder} was {'made' if done else 'begun'} with other settings: {_differences(found, expected)}. "
                 f"Give this run another name=, or delete {folder} and the stages after it"
@@ -483,7 +536,7 @@ def _check_upstream(
         for before in STAGES[stage].after:
             if before in chosen or before in _left_out(config):
                 continue
-            done = _is_done(config, before, expected[before])
+            done = _is_done(config, before, expected)
             if before is Stage.distill and config.export.step is not None:
                 continue  # a kept step exports while training goes on
             if not done:
@@ -543,7 +596,7 @@ def status(config: CompressConfig) -> Table:
             state = "begun" if state == "begun" else "failed"
             detail = str(read_json(folder / ERROR, "delete it").get("error"))
         if stage is Stage.distill and state == "begun":
-            detail = distill.progress_line(config, run_dir) + (f"; last error: {detail}" if detail else "")
+            detail = progress_line(config, run_dir) + (f"; last error: {detail}" if detail else "")
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
         result.add_row(stage.value, state, detail, seconds, f"{size / 1e6:,.1f} MB" if size else "")
     if run_dir.exists():

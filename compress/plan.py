@@ -20,12 +20,13 @@ from compress.architecture import (
     num_parameters,
 )
 from compress.errors import ConfigError
-from compress.estimate import STEP_EFFICIENCY, flops_per_second
+from compress.estimate import STEP_EFFICIENCY, flops_per_second, flops_per_token
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_config
 from compress.inputs import teacher_of
 from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
 from compress.parallel import available_bytes, resolve_dtype
+from compress.phases import num_tokens, phase_settings
 from compress.progress import about
 from compress.settings import CompressConfig, ComputeDtype, Optimizer
 from compress.shapes import enumerate_shapes
@@ -85,15 +86,18 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
     else:
         student = _student(config, source)
     cluster, num_gpus = config.cluster, config.cluster.num_nodes * config.cluster.gpus_per_node
-    if config.distill.global_batch_size % (max(1, num_gpus) * config.distill.micro_batch_size):
-        raise ConfigError(
-            f"distill.global_batch_size={config.distill.global_batch_size} is no multiple of {max(1, num_gpus)} ranks "
-            f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
-        )
+    phases = phase_settings(config)
+    for batch in (phase["global_batch_size"] for phase in phases):
+        if batch % (max(1, num_gpus) * config.distill.micro_batch_size):
+            raise ConfigError(
+                f"distill.global_batch_size={batch} is no multiple of {max(1, num_gpus)} ranks "
+                f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
+            )
+    longest = max(phase["sequence_length"] for phase in phases)
     layout = Layout(
         num_ranks=max(1, num_gpus),
         micro_batch_size=config.distill.micro_batch_size,
-        sequence_length=config.data.sequence_length,
+        sequence_length=longest,
         recompute=config.distill.recompute,
         compute_bytes=_item_bytes(config, num_gpus),
         on_cpu=not num_gpus,
@@ -105,10 +109,13 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
         limit = available_bytes()
     else:
         raise ConfigError(f"cluster.memory_bytes must be set for {num_gpus} GPUs, such as 80GiB")
-    memory = step_memory(teacher, student, layout)
-    flops = flops_per_token(teacher, student, config.data.sequence_length, config.distill.recompute)
+    beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
+    memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
+    recompute, tokens = config.distill.recompute, num_tokens(config)
+    work = sum(p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute) for p in phases)
+    flops = work / tokens
     made = Plan(
-        teacher, student, layout, memory, limit, flops, flops * config.distill.num_tokens / _speed(config, num_gpus),
+        teacher, student, layout, memory, limit, flops, flops * tokens / _speed(config, num_gpus),
         _disk(config, teacher, student), num_gpus,
     )  # fmt: skip
     _check_fits(config, made)
@@ -143,34 +150,34 @@ def _speed(config: CompressConfig, num_gpus: int) -> float:
     return flops_per_second(resolve_dtype(config.compute_dtype)) * STEP_EFFICIENCY
 
 
-def flops_per_token(teacher: ModelInfo, student: Shape, sequence_length: int, recompute: bool) -> float:
-    """Of the teacher's forward and the student's forward and backward, for a token of a full sequence."""
-    return _forward(teacher, teacher.shape, sequence_length) + (4 if recompute else 3) * _forward(
-        teacher, student, sequence_length
-    )
-
-
-def _forward(info: ModelInfo, shape: Shape, sequence_length: int) -> float:
-    """2 FLOP a parameter that multiplies the token, and two products over half of the sequence in each layer."""
-    looked_up = 0 if shape.tied else num_embedding_parameters(info, shape) // 2
-    attention = 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
-    return 2.0 * (num_active_parameters(info, shape) - looked_up) + attention
-
-
 def _moment_bytes(config: CompressConfig) -> int:
     """Of a parameter: AdamW's two moments, or Muon's one (of the layers' matrices, which are nearly all)."""
     return MOMENT_BYTES if config.distill.optimizer is Optimizer.adamw else MOMENT_BYTES // 2
+
+
+def _beside(config: CompressConfig, parameters: int) -> dict[str, int]:
+    """What a rank holds all through training beside the step, for its share of the parameters."""
+    found = {}
+    state = MASTER_BYTES + _moment_bytes(config)
+    if config.distill.ema_decay is not None:
+        found["student: the moving average"] = MASTER_BYTES * parameters
+        state += MASTER_BYTES
+    if config.distill.async_checkpoint:
+        found["checkpoint: the copy being written"] = state * parameters
+    return found
 
 
 def _disk(config: CompressConfig, teacher: ModelInfo, student: Shape) -> dict[str, int]:
     count = num_parameters(teacher, student)
     item = 4 if config.export.dtype is ComputeDtype.float32 else 2
     # While one is written the ones to be kept are still there.
-    checkpoints = (config.distill.keep_checkpoints + 1) * count * (MASTER_BYTES + _moment_bytes(config))
+    state = MASTER_BYTES + _moment_bytes(config) + (MASTER_BYTES if config.distill.ema_decay is not None else 0)
+    kept = config.distill.keep_checkpoints + config.distill.keep_best
+    checkpoints = (kept + 1) * count * state
     return {
-        "tokens, at most those to train on": int(config.distill.num_tokens) * TOKEN_BYTES,
+        "tokens, at most those to train on": int(num_tokens(config)) * TOKEN_BYTES,
         "the untrained student and the export": 2 * item * count,
-        f"checkpoints, {config.distill.keep_checkpoints} and the one being written": checkpoints,
+        f"checkpoints, {kept} and the one being written": checkpoints,
     }
 
 
@@ -267,7 +274,7 @@ def _memory(config: CompressConfig, made: Plan) -> Table:
 
 
 def _work(config: CompressConfig, made: Plan) -> Table:
-    cluster, tokens = config.cluster, config.distill.num_tokens
+    cluster, tokens = config.cluster, num_tokens(config)
     result = Table(title="work, time and disk", title_justify="left")
     result.add_column("")
     result.add_column("", justify="right")

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from compress.criteria import parse_criterion
 from compress.errors import ConfigError
+from compress.phases import num_steps, phase_settings
 from compress.settings import (
     BUDGET,
     CacheKind,
     CompressConfig,
+    PhaseConfig,
     PruneConfig,
     SourceConfig,
     Stage,
@@ -48,8 +50,8 @@ _RULES: tuple[_Rule, ...] = (
         "prune.num_hidden_layers prune.num_attention_heads prune.num_key_value_heads prune.num_experts "
         "prune.moe_intermediate_size prune.compensate_sequences shape.context_tokens shape.num_contexts "
         "search.num_sequences cache.num_samples cache.k cache.sequences_per_shard cache.micro_batch_size "
-        "distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps "
-        "distill.keep_checkpoints distill.log_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
+        "distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints "
+        "distill.log_steps distill.validate_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
         "evaluate.generate_tokens cluster.num_nodes",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
@@ -59,6 +61,7 @@ _RULES: tuple[_Rule, ...] = (
         "prune.max_parameters prune.max_non_embedding_parameters prune.max_active_parameters prune.max_bytes",
     ),
     (lambda v: v >= 8, "must be at least 8 tokens", "data.sequence_length"),
+    (lambda v: v >= 2, "must be at least 2, which a slope needs", "distill.stop_validations"),
     (lambda v: 0 <= v <= 1024, "must be within 0 (chosen for you) and 1024", "threads data.workers"),
     (lambda v: v >= 0, "must be 0 or more", "distill.warmup_steps search.num_candidates cluster.gpus_per_node"),
     (
@@ -73,12 +76,16 @@ _RULES: tuple[_Rule, ...] = (
         _positive,
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
-        "distill.epsilon prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
+        "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
         "cluster.price_per_gpu_hour",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
-    (lambda v: 0 <= v < 1, "must be within 0 and 1, 1 excluded", "distill.beta1 distill.beta2"),
+    (
+        lambda v: 0 <= v < 1,
+        "must be within 0 and 1, 1 excluded",
+        "distill.beta1 distill.beta2 distill.decay_share distill.ema_decay",
+    ),
     (
         lambda v: 0 <= v < 1,
         "is a share: within 0 and 1, 1 excluded",
@@ -88,7 +95,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         lambda v: _positive(v) and v == int(v),
         "must be a whole positive number of tokens",
-        "distill.num_tokens",
+        "distill.num_tokens distill.validate_tokens",
     ),
     (
         lambda v: v and "/" not in v and not v.startswith("."),
@@ -111,9 +118,9 @@ def check(config: CompressConfig) -> None:
         )
     _check_batches(config)
     _check_objectives(config)
+    _check_validation(config)
     if config.teacher.mode is TeacherMode.cached:
-        for number, term in enumerate(config.distill.objectives):
-            _check_cached_term(config, f"distill.objectives[{number}]", term)
+        _check_cached(config)
     if config.rounds:
         _check_rounds(config)
     elif config.round is not None:
@@ -328,20 +335,65 @@ def _check_options(here: str, term: TermConfig, objective: Objective) -> None:
 
 
 def _check_batches(config: CompressConfig) -> None:
-    distill, length = config.distill, config.data.sequence_length
-    if distill.global_batch_size % distill.micro_batch_size:
+    _check_phases(config)
+    micro = config.distill.micro_batch_size
+    for number, phase in enumerate(phase_settings(config)):
+        batch, length, tokens = phase["global_batch_size"], phase["sequence_length"], phase["num_tokens"]
+        # Where a phase says it, its own key is named.
+        chosen = config.distill.phases[number] if config.distill.phases else PhaseConfig()
+        keys = {
+            key: f"distill.phases[{number}].{key}" if getattr(chosen, key) is not None else f"{section}.{key}"
+            for key, section in (
+                ("num_tokens", "distill"),
+                ("global_batch_size", "distill"),
+                ("sequence_length", "data"),
+            )
+        }
+        if batch % micro:
+            raise ConfigError(
+                f"{keys['global_batch_size']}={batch} must be a multiple of distill.micro_batch_size={micro}"
+            )
+        if tokens < batch * length:
+            raise ConfigError(
+                f"{keys['num_tokens']}={tokens} is less than one step of {keys['global_batch_size']} * "
+                f"{keys['sequence_length']} = {batch * length} tokens; give it more, or a smaller batch"
+            )
+
+
+def _check_validation(config: CompressConfig) -> None:
+    distill = config.distill
+    if distill.stop_slope is not None and distill.validate_steps is None:
         raise ConfigError(
-            f"distill.global_batch_size={distill.global_batch_size} must be a multiple of "
-            f"distill.micro_batch_size={distill.micro_batch_size}"
+            f"distill.stop_slope={distill.stop_slope} is of KL in validations; set distill.validate_steps, such as "
+            f"{max(1, num_steps(config) // 50)}, or stop_slope=null"
         )
-    if distill.num_tokens < distill.global_batch_size * length:
+    if distill.keep_best and (distill.validate_steps is None or distill.checkpoint_steps % distill.validate_steps):
         raise ConfigError(
-            f"distill.num_tokens={distill.num_tokens} is less than one step of distill.global_batch_size * "
-            f"data.sequence_length = {distill.global_batch_size * length} tokens; give it more, or a smaller batch"
+            f"distill.keep_best=true needs a validation at every checkpoint: distill.checkpoint_steps="
+            f"{distill.checkpoint_steps} must be a multiple of distill.validate_steps={distill.validate_steps}; set "
+            f"validate_steps={distill.checkpoint_steps}, or keep_best=false"
         )
 
 
 _COMMON = [f.name for f in fields(TermConfig)].index("squared") + 1  # the fields that every objective has come first
+
+
+def _check_cached(config: CompressConfig) -> None:
+    """A cache is of whole packed sequences at their loss tokens, and nothing else of the teacher is at hand."""
+    for number, phase in enumerate(config.distill.phases):
+        if phase.sequence_length not in (None, config.data.sequence_length):
+            raise ConfigError(
+                f"distill.phases[{number}].sequence_length={phase.sequence_length} can't be had from "
+                f"teacher.mode=cached, which holds sequences of data.sequence_length={config.data.sequence_length}; "
+                "leave it null, or set teacher.mode=online"
+            )
+    if config.distill.validate_steps is not None:
+        raise ConfigError(
+            f"distill.validate_steps={config.distill.validate_steps} compares with the teacher itself, which "
+            "teacher.mode=cached doesn't load; set it null, or teacher.mode=online"
+        )
+    for number, term in enumerate(config.distill.objectives):
+        _check_cached_term(config, f"distill.objectives[{number}]", term)
 
 
 def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> None:
@@ -369,6 +421,43 @@ def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> No
             f"{key}.k={term.k} is not cache.k={config.cache.k}, which is what a cache holds; set both the same, or "
             f"{key}.k=null"
         )
+
+
+def _check_phases(config: CompressConfig) -> None:
+    whole, sources = config.data.sequence_length, config.data.train
+    for number, phase in enumerate(config.distill.phases):
+        key = f"distill.phases[{number}]"
+        length, weights = phase.sequence_length, phase.weights
+        if phase.num_tokens is not None and not (_positive(phase.num_tokens) and phase.num_tokens % 1 == 0):
+            raise ConfigError(f"{key}.num_tokens={phase.num_tokens} must be a whole positive number of tokens")
+        if phase.global_batch_size is not None and phase.global_batch_size < 1:
+            raise ConfigError(f"{key}.global_batch_size={phase.global_batch_size} must be at least 1")
+        if phase.learning_rate is not None and not _positive(phase.learning_rate):
+            raise ConfigError(f"{key}.learning_rate={phase.learning_rate} must be a positive number")
+        if length is not None and length > whole:
+            raise ConfigError(
+                f"{key}.sequence_length={length} is longer than data.sequence_length={whole}, in which the text is "
+                f"packed; set data.sequence_length={length} (which tokenizes anew) and give the shorter phases theirs"
+            )
+        if length is not None and (length < 8 or whole % length):
+            legal = [n for n in range(8, whole + 1) if whole % n == 0]
+            near = sorted(legal, key=lambda n: abs(n - length))[:3]
+            raise ConfigError(
+                f"{key}.sequence_length={length} must be 8 or more and divide data.sequence_length={whole}, whose rows "
+                f"are cut into pieces of it; nearest: {', '.join(map(str, sorted(near)))}"
+            )
+        if weights is None:
+            continue
+        if any(source.weight is None for source in sources):
+            raise ConfigError(
+                f"{key}.weights={weights}: data.train gives no weights, so that its sources are dealt as one; give "
+                "each of them one there (a run that began without goes on as a new one, by distill.init_from)"
+            )
+        if len(weights) != len(sources) or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
+            raise ConfigError(
+                f"{key}.weights={weights} must be a share of 0 or more for each of the {len(sources)} sources of "
+                "data.train, not all 0"
+            )
 
 
 def _check_sources(split: str, sources: list[SourceConfig]) -> None:

@@ -299,7 +299,7 @@ def _trained(
         module = StudentModule(model).train()
         shard(module, decoder_layers(model), mesh, teacher.model.dtype)
         optimizer = optimizer_of(module, settings)
-        start = resume(folder, module, optimizer)
+        start = int(resume(folder, module, optimizer).get("step", 0))
         for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
             indices = order.indices(step * batch_size, (step + 1) * batch_size)
             window = micro_batches(data, indices, settings.micro_batch_size)

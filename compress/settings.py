@@ -265,9 +265,22 @@ class CacheConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """A stretch of training with its own warm-up and curves; what it leaves out is as in distill.* and data.*."""
+
+    num_tokens: Size | None = None
+    sequence_length: int | None = None  # one that divides data.sequence_length: rows are cut into such pieces
+    global_batch_size: int | None = None
+    learning_rate: float | None = None  # muon's is changed in the same ratio
+    weights: list[float] | None = None  # shares of the sources of data.train, in their order; 0 leaves one out
+
+
+@dataclass
 class DistillConfig:
     init_from: str | None = None  # a student pruned elsewhere; none = this run's prune folder
     num_tokens: Size = MISSING
+    # One after the other; none = one as below. A finished run goes on when more are appended.
+    phases: list[PhaseConfig] = field(default_factory=list)
     global_batch_size: int = 4  # sequences a step
     micro_batch_size: int = 4  # sequences a forward; changes memory, not the gradient
     objectives: list[TermConfig] = field(default_factory=lambda: [TermConfig()])  # the loss is their sum
@@ -285,9 +298,16 @@ class DistillConfig:
     max_gradient_norm: float = 1.0
     recompute: bool = False  # a layer's activations are made again in the backward: less memory, a third more work
     compile: bool = False  # torch.compile per decoder layer: 1.3x on a CPU after half a minute, needs a C++ compiler
+    ema_decay: float | None = None  # a moving average of the weights is exported instead of them; null = none
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
+    keep_best: bool = False  # the checkpoint of the lowest validation KL too
+    async_checkpoint: bool = False  # written beside the steps, from a copy in memory; on a CPU that saved nothing
     log_steps: int = 1
+    validate_steps: int | None = None  # KL to the teacher, loss, top-1 every so many steps; null = never
+    validate_tokens: Size = 16384.0  # of each validation set, at most
+    stop_slope: float | None = None  # stop when validation KL falls slower, in nats per million tokens; null = never
+    stop_validations: int = 4  # that the slope is taken over
 
 
 @dataclass

@@ -7,6 +7,7 @@ Under FSDP2 parameters exist in full only inside the wrapped module's forward, s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from compress.capture import listening, recording
+from compress.comparison import compare
 from compress.families import family_of_config
 from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
@@ -111,6 +113,7 @@ class StudentModule(nn.Module):
         super().__init__()
         self.model = model
         self.projections = nn.ParameterDict() if projections is None else projections  # trained, never exported
+        self.head_seconds = 0.0  # spent in heads and objectives since the module was made
 
     def forward(
         self, batch: TokenBatch, signal: Signal, terms: Sequence[Term], scales: Sequence[float]
@@ -145,16 +148,29 @@ class StudentModule(nn.Module):
         if isinstance(signal, DenseSignal):
             head, theirs = without_padding(head, signal.head)
             signal = replace(signal, head=theirs)
-        return chunked_loss(hidden_ND, head, signal, targets, terms, scales)
+        began = time.perf_counter()
+        result = chunked_loss(hidden_ND, head, signal, targets, terms, scales)
+        self.head_seconds += time.perf_counter() - began
+        return result
+
+    def figures(self, batch: TokenBatch, signal: DenseSignal) -> Tensor:
+        """What `comparison.compare` says of a micro-batch; without gradients. For FSDP2 a forward of its own."""
+        hidden_ND = trunk(self.model, batch)[batch.loss_mask]
+        head, theirs = without_padding(output_head(self.model), signal.head)
+        return compare(hidden_ND, head, replace(signal, head=theirs), targets_of(batch).labels_N)
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What one global batch said: the loss, each term's mean in its own unit, the loss tokens of all ranks."""
+    """What one global batch said: the loss, each term's mean in its own unit, the loss tokens of all ranks.
+
+    teacher_seconds: of this rank, waiting for the teacher's signals.
+    """
 
     loss: float
     terms: tuple[float, ...]
     num_tokens: int
+    teacher_seconds: float = 0.0
 
 
 def accumulate_gradients(
@@ -181,12 +197,15 @@ def accumulate_gradients(
     # FSDP2 averages gradients over the ranks, and the loss is a sum over them.
     scales = [t.factor * ranks.size / count if count else 0.0 for t, count in zip(terms, counts_K, strict=True)]
     sums_K = torch.zeros(len(terms), dtype=torch.float64)
+    teacher_seconds = 0.0
     for index, batch in enumerate(window):
         last = index == len(window) - 1
         if hasattr(student, "set_requires_gradient_sync"):  # FSDP2: reduce once, after the last micro-batch
             student.set_requires_gradient_sync(last)  # type: ignore[operator]
             student.set_reshard_after_backward(last)  # type: ignore[operator]
+        began = time.perf_counter()
         signal = teacher.signal(batch)
+        teacher_seconds += time.perf_counter() - began
         said = [number for number, term in enumerate(terms) if signal is not None or _labels_only(term)]
         loss, sums, hidden_ND = student(batch, signal, [terms[n] for n in said], [scales[n] for n in said])
         loss.backward()
@@ -196,7 +215,8 @@ def accumulate_gradients(
     [sums_K] = ranks.sums([sums_K])
     means = [total / count if count else 0.0 for total, count in zip(sums_K.tolist(), counts_K, strict=True)]
     loss = sum(term.factor * mean for term, mean in zip(terms, means, strict=True))
-    return StepLoss(loss, tuple(means), int(_sum_over(ranks, sum(int(b.loss_mask.sum()) for b in window))))
+    num_tokens = int(_sum_over(ranks, sum(int(b.loss_mask.sum()) for b in window)))
+    return StepLoss(loss, tuple(means), num_tokens, teacher_seconds)
 
 
 def _labels_only(term: Term) -> bool:

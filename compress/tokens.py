@@ -14,6 +14,7 @@ of a shard, for its S sequences of T tokens:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class TokenSet:
         self.loss_tokens: Ints = np.concatenate(targets, dtype=np.int64)  # of each sequence
         self.num_shards = len(sizes)
         self._ends = np.cumsum(sizes)
+        self._pieces = 1
 
     @classmethod
     def open(cls, folder: Path) -> TokenSet:
@@ -150,19 +152,44 @@ class TokenSet:
             raise ArtifactError(f"{folder} holds no token folders; run the tokenize stage first")
         return cls(sources)
 
+    def cut(self, length: int) -> TokenSet:
+        """The same rows, each in pieces of `length` tokens that are sequences of their own, number `row * pieces + n`.
+
+        A piece begins with a document, as a row does: positions restart, and no target reaches over the cut. Every
+        row's marks are read once, for loss_tokens.
+        """
+        assert self._pieces == 1
+        assert self.sequence_length % length == 0, (self.sequence_length, length)
+        if length == self.sequence_length:
+            return self
+        result, pieces = copy.copy(self), self.sequence_length // length
+        result._pieces, result.sequence_length = pieces, length
+        result.num_sequences = self.num_sequences * pieces
+        result.source_sizes = [size * pieces for size in self.source_sizes]
+        targets = [target_mask(_cut(rows, pieces)).sum(1, dtype=np.int64) for rows in self.shards()]
+        result.loss_tokens = np.concatenate(targets)
+        return result
+
     def batch(self, indices: Sequence[int] | Ints) -> TokenBatch:
         """The sequences with these global indices, in their order."""
         wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= self.num_sequences:
             raise IndexError(f"sequence indices {wanted.tolist()} must be one or more of 0 to {self.num_sequences - 1}")
         parts: dict[str, list[Tensor]] = {"tokens": [], "starts": [], "loss": [], "lengths": []}
-        shards = np.searchsorted(self._ends, wanted, side="right")
-        for shard, position in zip(shards.tolist(), wanted.tolist(), strict=True):
+        rows, number = np.divmod(wanted, self._pieces)  # the row, and which piece of it
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard, position, piece in zip(shards.tolist(), rows.tolist(), number.tolist(), strict=True):
             row = position - (int(self._ends[shard - 1]) if shard else 0)
+            begin = piece * self.sequence_length
             handle = self._handle(shard)
             for name, found in parts.items():
-                found.append(handle.get_slice(name)[row : row + 1])
+                part = handle.get_slice(name)
+                if _TENSORS[name] == 2:
+                    found.append(part[row : row + 1, begin : begin + self.sequence_length])
+                else:
+                    found.append((part[row : row + 1] - begin).clamp(0, self.sequence_length))
         tokens, starts, loss, lengths = (torch.cat(found) for found in parts.values())
+        starts[:, 0] = 1
         at = torch.arange(self.sequence_length).expand(len(wanted), -1)
         begins = starts.bool()
         document_start = torch.where(begins, at, 0).cummax(dim=1).values
@@ -177,7 +204,7 @@ class TokenSet:
         return [chosen[start : start + micro_batch_size] for start in range(0, num_sequences, micro_batch_size)]
 
     def shards(self) -> Iterator[Rows]:
-        """Each shard's arrays, one shard in memory at a time."""
+        """Each shard's arrays, one shard in memory at a time; of uncut rows."""
         for path in self._paths:
             handle = open_tensors(path)
             yield Rows(*(handle.get_tensor(name).numpy() for name in ("tokens", "starts", "loss", "lengths")))
@@ -188,6 +215,15 @@ class TokenSet:
                 self._handles.pop(next(iter(self._handles)))
             self._handles[shard] = open_tensors(self._paths[shard])
         return self._handles[shard]
+
+
+def _cut(rows: Rows, pieces: int) -> Rows:
+    """Each row as `pieces` rows, with lengths within each."""
+    length = rows.tokens.shape[1] // pieces
+    starts = rows.starts.copy().reshape(-1, length)
+    starts[:, 0] = 1
+    lengths = (rows.lengths[:, None] - np.arange(pieces, dtype=np.int32) * length).clip(0, length).reshape(-1)
+    return Rows(rows.tokens.reshape(-1, length), starts, rows.loss.reshape(-1, length), lengths)
 
 
 def _read_index(path: Path) -> Any:
@@ -229,12 +265,20 @@ class SequenceOrder:
     source is seen in a new seeded permutation per epoch. A longer run begins with the draws of a shorter one. All of it
     is 64-bit integer arithmetic, so no numpy release or machine changes the order.
 
-    source_sizes: sequences of each source, in the order of the global index. Raises ConfigError where a source that
-    should be drawn from has no sequences.
+    source_sizes: rows of each source, in the order of the global index. after: the order that this one goes on from,
+    with other weights or pieces: nothing that it dealt comes again in the same epoch. pieces: of every row (`cut`);
+    those of a row are dealt one after the other, and draws count pieces. Raises ConfigError where a source that should
+    be drawn from has no sequences.
     """
 
     def __init__(
-        self, source_sizes: Sequence[int], weights: Sequence[float] | None, num_sequences_total: int, seed: int
+        self,
+        source_sizes: Sequence[int],
+        weights: Sequence[float] | None,
+        num_sequences_total: int,
+        seed: int,
+        after: SequenceOrder | None = None,
+        pieces: int = 1,
     ) -> None:
         sizes = np.asarray(source_sizes, dtype=np.int64)
         assert weights is None or len(weights) == len(sizes), "one weight a source"
@@ -247,6 +291,9 @@ class SequenceOrder:
                 "take it out of data.train"
             )
         self.num_sequences_total = num_sequences_total
+        self._pieces = pieces
+        self._num_rows = -(-num_sequences_total // pieces)
+        self._begin: int = after._begin + after._num_rows if after else 0  # rows dealt before
         self._sizes = sizes
         self._first = np.cumsum(sizes) - sizes  # global index of each source's first sequence
         self._seed = int(mix(np.array([seed], dtype=np.int64).view(np.uint64))[0])
@@ -256,12 +303,20 @@ class SequenceOrder:
             edges.append(min(int(running / total * 2**64), 2**64 - 1))
         self._edges = np.array(edges, dtype=np.uint64)
         self._permutations: dict[tuple[int, int], Ints] = {}
-        counts = [self._counts(begin) for begin in range(0, num_sequences_total, _BLOCK)]
-        self._before = np.cumsum([np.zeros(len(sizes), dtype=np.int64), *counts], axis=0)  # draws before each block
+        counts = [self._counts(begin, begin + _BLOCK) for begin in range(0, self._num_rows, _BLOCK)]
+        dealt = after._dealt() if after else np.zeros(len(sizes), dtype=np.int64)
+        assert len(dealt) == len(sizes), "weights throughout, or not at all"
+        self._before = np.cumsum([dealt, *counts], axis=0)  # rows of each source before each block
 
     def indices(self, start: int, stop: int) -> Ints:
         """Global sequence indices of draws start, ..., stop - 1."""
         assert 0 <= start <= stop <= self.num_sequences_total, (start, stop, self.num_sequences_total)
+        first = start // self._pieces
+        rows = self._rows(first, -(-stop // self._pieces))
+        pieces: Ints = (rows[:, None] * self._pieces + np.arange(self._pieces)).reshape(-1)
+        return pieces[start - first * self._pieces :][: stop - start]
+
+    def _rows(self, start: int, stop: int) -> Ints:
         result = np.empty(stop - start, dtype=np.int64)
         block = start // _BLOCK
         sources = self._sources(block * _BLOCK, stop)
@@ -285,11 +340,18 @@ class SequenceOrder:
         return drawn[np.sort(np.unique(drawn, return_index=True)[1])]
 
     def _sources(self, start: int, stop: int) -> Ints:
-        points = np.arange(start, stop, dtype=np.uint64) * _GOLDEN + np.uint64(self._seed)  # wraps: the fraction
+        draws = np.arange(self._begin + start, self._begin + stop, dtype=np.uint64)
+        points = draws * _GOLDEN + np.uint64(self._seed)  # wraps: the fraction
         return np.searchsorted(self._edges, points, side="right")
 
-    def _counts(self, begin: int) -> Ints:
-        return np.bincount(self._sources(begin, begin + _BLOCK), minlength=len(self._sizes))
+    def _counts(self, start: int, stop: int) -> Ints:
+        return np.bincount(self._sources(start, stop), minlength=len(self._sizes))
+
+    def _dealt(self) -> Ints:
+        """Rows of each source up to the last draw, a row of which only some pieces were dealt included."""
+        block = self._num_rows // _BLOCK
+        result: Ints = self._before[block] + self._counts(block * _BLOCK, self._num_rows)
+        return result
 
     def _permutation(self, source: int, epoch: int) -> Ints:
         key = (source, epoch)

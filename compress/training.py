@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,16 +12,68 @@ from transformers import PreTrainedModel
 
 from compress import checkpoint
 from compress.errors import ConfigError
+from compress.moving_average import MovingAverage
 from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
+from compress.phases import Phase, Progress, phases_of
+from compress.recovery import has_levelled, steps_after_stop
 from compress.schedules import between
-from compress.settings import CompressConfig, DistillConfig, Optimizer
-from compress.tokens import SequenceOrder, TokenBatch, TokenSet
+from compress.settings import CompressConfig, Curve, DistillConfig, Optimizer
+from compress.tokens import Ints, SequenceOrder, TokenBatch, TokenSet
 
 
 def source_weights(config: CompressConfig) -> list[float] | None:
     weights = [source.weight for source in config.data.train]
     return None if any(w is None for w in weights) else [w for w in weights if w is not None]
+
+
+def phase_orders(config: CompressConfig, data: TokenSet, phases: Sequence[Phase]) -> list[SequenceOrder]:
+    """The order of each phase, each going on where the one before ended: no sequence comes twice in an epoch."""
+    found: list[SequenceOrder] = []
+    for phase in phases:
+        draws = phase.num_steps * phase.global_batch_size
+        before = found[-1] if found else None
+        found.append(SequenceOrder(data.source_sizes, phase.weights, draws, config.seed, before, phase.pieces))
+    return found
+
+
+def phase_data(data: TokenSet, phase: Phase, order: SequenceOrder) -> TokenSet:
+    """The training tokens in the phase's sequence length. Raises ConfigError for a step without loss tokens."""
+    found = data.cut(phase.sequence_length)
+    what = "distill" if phase.number == 1 else f"distill phase {phase.number}"
+    refuse_empty_windows(found, order, phase.num_steps, phase.global_batch_size, what)
+    return found
+
+
+def check_training_data(config: CompressConfig, run_dir: Path) -> None:
+    """Raise ConfigError where a step of any phase would have no loss token."""
+    data, phases = TokenSet.open(run_dir / "tokens" / "train"), phases_of(config)
+    for phase, order in zip(phases, phase_orders(config, data, phases), strict=True):
+        phase_data(data, phase, order)
+
+
+def drawn_sequences(config: CompressConfig, run_dir: Path) -> Ints:
+    """The training sequences that any phase draws, each once, in the order of the first draws."""
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    orders = phase_orders(config, data, phases_of(config))
+    drawn: Ints = np.concatenate([order.distinct() for order in orders])
+    return drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+
+
+def shortened_to(settings: DistillConfig, phase: Phase, progress: Progress) -> int | None:
+    """The steps that the phase is left with where its recovery has just levelled off; None where it goes on.
+
+    A wsd schedule has its decay still to come, as long as its share; any other ends here.
+    """
+    done, threshold = progress.step - phase.first_step, settings.stop_slope
+    if threshold is None or phase.number in progress.shortened or done == phase.num_steps:
+        return None
+    if not has_levelled(progress.curve(phase, settings.warmup_steps), settings.stop_validations, threshold):
+        return None
+    if settings.learning_rate_curve is not Curve.wsd:
+        return done
+    steps = steps_after_stop(done, settings.warmup_steps, settings.decay_share)
+    return steps if steps < phase.num_steps else None  # else the decay has begun
 
 
 def refuse_empty_windows(
@@ -73,23 +126,30 @@ def optimizer_of(student: nn.Module, settings: DistillConfig) -> LocalOptimizer:
     )
 
 
-def training_state(student: nn.Module, optimizer: LocalOptimizer) -> dict[str, Tensor]:
+def training_state(
+    student: nn.Module, optimizer: LocalOptimizer, average: MovingAverage | None = None
+) -> dict[str, Tensor]:
     return {
         **{f"model/{name}": p for name, p in student.named_parameters()},
         **{f"optimizer/{key}": value for key, value in optimizer.state().items()},
+        **{f"average/{name}": value for name, value in (average.state() if average else {}).items()},
     }
 
 
-def resume(folder: Path, student: nn.Module, optimizer: LocalOptimizer) -> int:
-    """Load the newest whole checkpoint in place, random numbers too; returns the steps done (0 without one)."""
+def resume(
+    folder: Path, student: nn.Module, optimizer: LocalOptimizer, average: MovingAverage | None = None
+) -> dict[str, Any]:
+    """Load the newest whole checkpoint in place, random numbers too; returns its facts (none without one)."""
     found = checkpoint.newest(folder)
     if found is None:
-        return 0
+        return {}
     path, facts = found
-    checkpoint.load(path, training_state(student, optimizer), restore_rng=True)
-    return int(facts["step"])
+    checkpoint.load(path, training_state(student, optimizer, average), restore_rng=True)
+    return facts
 
 
-def load_trained(path: Path, model: PreTrainedModel) -> None:
-    """The weights of a checkpoint of `training_state` into the plain model that the student was made from."""
-    checkpoint.load(path, {f"model/model.{name}": p.data for name, p in model.named_parameters()})
+def load_trained(path: Path, model: PreTrainedModel, averaged: bool = False) -> None:
+    """The weights of a checkpoint of `training_state`, or their moving average, into the plain model that the student
+    was made from."""
+    part = "average" if averaged else "model"
+    checkpoint.load(path, {f"{part}/model.{name}": p.data for name, p in model.named_parameters()})

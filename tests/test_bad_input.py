@@ -605,7 +605,7 @@ def test_sigterm_saves_says_so_and_the_same_command_goes_on_to_the_same_bits(
     folder = tmp_path / "run"
     metrics = folder / "distill" / "metrics.jsonl"
     rare = (LONG[0], "distill.checkpoint_steps=1000")  # only the signal saves
-    process = spawn(*rare)
+    process = spawn(*rare, "distill.async_checkpoint=true")  # which a signal waits for
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]

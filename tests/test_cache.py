@@ -26,10 +26,12 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Numerical
 from compress.models import OutputHead
 from compress.objectives.chunked import DenseSignal, Signal, SparseSignal, Targets, chunked_loss
 from compress.objectives.terms import Term
+from compress.phases import phases_of
 from compress.settings import CompressConfig
 from compress.signals import Form, Said, SignalCache, draw, keys_of, pack, say, shard_facts, unpack
 from compress.teacher import CachedTeacher
-from compress.tokens import TokenBatch, TokenSet
+from compress.tokens import SequenceOrder, TokenBatch, TokenSet
+from compress.training import phase_orders
 
 SMALL = ("cache.sequences_per_shard=8", "teacher.mode=cached")
 WHOLE = ("cache.kind=top_k", "cache.k=512", "distill.objectives=[{objective: top_k_kl, k: 512}]")
@@ -223,12 +225,19 @@ def cached(cached_source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cached_source, tmp_path / "run"))
 
 
+def _drawn(config: CompressConfig, run_dir: Path) -> tuple[TokenSet, SequenceOrder]:
+    """The training tokens, and the order of the only phase."""
+    data = TokenSet.open(run_dir / "tokens" / "train")
+    [order] = phase_orders(config, data, phases_of(config))
+    return data, order
+
+
 def _files(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix == ".safetensors" or f.name == "index.json"}
 
 
 def test_every_drawn_sequence_is_there_once_and_the_report_adds_up(cached_source: Path, cache: Path) -> None:
-    data, order = distill.training_order(_config(cache, cached_source), cached_source)
+    data, order = _drawn(_config(cache, cached_source), cached_source)
     found = SignalCache(cached_source / "cache")
     assert found.indices.tolist() == list(dict.fromkeys(order.indices(0, order.num_sequences_total).tolist()))
     report = json.loads((cached_source / "cache" / "report.json").read_text())
@@ -241,7 +250,7 @@ def test_every_drawn_sequence_is_there_once_and_the_report_adds_up(cached_source
 
 def test_the_same_signal_for_every_batch_size_and_order(cached_source: Path, cache: Path) -> None:
     """Reading: row by row what any batch says. Writing: another micro-batch and shard size, the same samples."""
-    data, order = distill.training_order(_config(cache, cached_source), cached_source)
+    data, order = _drawn(_config(cache, cached_source), cached_source)
     teacher = CachedTeacher(SignalCache(cached_source / "cache"))
     indices = order.indices(0, 12)
     whole = teacher.signal(data.batch(indices))
@@ -258,7 +267,7 @@ def test_how_it_was_written_changes_no_sample(cached_source: Path, cache: Path, 
     other = tmp_path / "run"
     shutil.copytree(cached_source / "tokens", other / "tokens")
     stage.run(_config(cache, other, "cache.micro_batch_size=1", "cache.sequences_per_shard=5"), other)
-    data, order = distill.training_order(_config(cache, other), other)
+    data, order = _drawn(_config(cache, other), other)
     one, two = (
         SignalCache(folder / "cache").read(data.batch(order.indices(0, 16))) for folder in (cached_source, other)
     )
@@ -314,7 +323,7 @@ def test_shards_of_other_settings_are_made_anew(cached: Path, cache: Path, cache
 
 def test_a_poisoned_teacher_is_named_with_sequence_and_token(cached: Path, cache: Path, teacher: Path) -> None:
     tensors = load_file(teacher / "model.safetensors")
-    data, order = distill.training_order(_config(cache, cached), cached)
+    data, order = _drawn(_config(cache, cached), cached)
     # The embedding of a token that isn't in the first sequences.
     batch = data.batch(order.distinct())
     token = next(t for t in range(512) if not (batch.input_ids[:5] == t).any() and (batch.input_ids == t).any())

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress.optimizer import LocalOptimizer, learning_rate_factor
+from compress.optimizer import LocalOptimizer
 from compress.parallel import shard, single_process_mesh
+from compress.schedules import learning_rate_factor
 
 
 class _Net(nn.Module):

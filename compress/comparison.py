@@ -1,0 +1,26 @@
+"""What a student says against its teacher at the same tokens, from hidden states, in pieces of bounded memory."""
+
+# N loss tokens, C of a chunk, D student hidden, V vocabulary
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.models import OutputHead, logits_of
+from compress.objectives.chunked import DenseSignal
+
+CHUNK_TOKENS = 256
+
+
+def compare(hidden_ND: Tensor, head: OutputHead, signal: DenseSignal, labels_N: Tensor) -> Tensor:
+    """(3,), float64: KL(teacher || student) in nats, the student's loss in nats, the tokens at which both rank the same
+    first; each summed over the N tokens. Softmax in float32."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for chunk in (slice(start, start + CHUNK_TOKENS) for start in range(0, len(labels_N), CHUNK_TOKENS)):
+        log_p_CV = torch.log_softmax(logits_of(signal.hidden_NE[chunk], signal.head).float(), -1)
+        log_q_CV = torch.log_softmax(logits_of(hidden_ND[chunk], head).float(), -1)
+        sums[0] += (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(dtype=torch.float64).cpu()
+        sums[1] -= log_q_CV.gather(1, labels_N[chunk, None]).sum(dtype=torch.float64).cpu()
+        sums[2] += (log_p_CV.argmax(-1) == log_q_CV.argmax(-1)).sum().cpu()
+    return sums

@@ -1,0 +1,75 @@
+"""Validation in training: KL to the teacher, loss and top-1 on a part of each validation set; it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from compress.errors import ConfigError
+from compress.objectives.chunked import DenseSignal
+from compress.settings import CompressConfig, set_name
+from compress.step import StudentModule
+from compress.teacher import Teacher
+from compress.tokens import TokenBatch, TokenSet
+
+Figures = dict[str, dict[str, float]]
+
+
+def validation_batches(config: CompressConfig, run_dir: Path) -> dict[str, list[TokenBatch]]:
+    """Of each set sequences spread over it, distill.validate_tokens at most, in micro-batches.
+
+    Raises ConfigError for a part without loss tokens.
+    """
+    found = {}
+    for source in config.data.validation:
+        name, settings = set_name(source), config.distill
+        tokens = TokenSet.open(run_dir / "tokens" / "validation" / name)
+        count = min(tokens.num_sequences, max(1, int(settings.validate_tokens) // tokens.sequence_length))
+        found[name] = [tokens.batch(group) for group in tokens.spread(count, settings.micro_batch_size)]
+        if not any(bool(batch.loss_mask.any()) for batch in found[name]):
+            raise ConfigError(
+                f"distill.validate_tokens={settings.validate_tokens:g}: none of the {count} sequences of validation "
+                f"set {name} holds a loss token; raise it, or set data.loss_on=all (now {config.data.loss_on})"
+            )
+    return found
+
+
+@torch.no_grad()
+def validate(student: StudentModule, teacher: Teacher, sets: Mapping[str, Sequence[TokenBatch]]) -> Figures:
+    """For each set kl_to_teacher and loss (nats per token), and top1_agreement (share of tokens).
+
+    Weights, random numbers and the mode of the student are as before.
+    """
+    result = {}
+    with torch.random.fork_rng(devices=[]):
+        student.eval()
+        try:
+            for name, batches in sets.items():
+                sums, count = torch.zeros(3, dtype=torch.float64), 0
+                for batch in batches:
+                    signal = teacher.signal(batch)
+                    assert isinstance(signal, DenseSignal)
+                    sums += student.figures(batch, signal)
+                    count += int(batch.loss_mask.sum())
+                kl, loss, same = (sums / count).tolist()
+                result[name] = {"kl_to_teacher": kl, "loss": loss, "top1_agreement": same}
+        finally:
+            student.train()
+            _reshard(student)
+    return result
+
+
+def mean_kl(figures: Figures) -> float:
+    """Over the sets, each counting alike."""
+    return sum(one["kl_to_teacher"] for one in figures.values()) / len(figures)
+
+
+def _reshard(student: nn.Module) -> None:
+    """Without a backward the root keeps its gathered weights, in the compute dtype; the sharded ones are the state."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
