@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
-    """Train until distill.num_tokens, committing a checkpoint every distill.checkpoint_steps and on a signal.
+    """Train phase after phase, or until recovery levels off; commit every distill.checkpoint_steps and on a signal.
 
     Raises ConfigError before any training for a student that doesn't fit the teacher or a step without loss tokens,
     NumericalError when the loss is not finite, Interrupted after SIGTERM, SIGINT or SIGUSR1 was answered by a save.

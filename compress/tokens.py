@@ -189,7 +189,6 @@ class TokenSet:
                 else:
                     found.append((part[row : row + 1] - begin).clamp(0, self.sequence_length))
         tokens, starts, loss, lengths = (torch.cat(found) for found in parts.values())
-        starts[:, 0] = 1
         at = torch.arange(self.sequence_length).expand(len(wanted), -1)
         begins = starts.bool()
         document_start = torch.where(begins, at, 0).cummax(dim=1).values

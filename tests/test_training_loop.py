@@ -328,6 +328,13 @@ def test_asynchronous_checkpoints_hold_the_same_and_a_full_disk_ends_the_run(
         assert same(weights(run_dir, step), weights(averaged, step))
 
 
+def test_a_write_that_failed_ends_the_run_at_the_next_step(train: Any, tmp_path: Path) -> None:
+    rare = ("distill.async_checkpoint=true", "distill.checkpoint_steps=50", "distill.num_tokens=51200")
+    with full_disk_after(700 * 1024), pytest.raises(ArtifactError, match="step_00000050: the disk is full"):
+        train("a", *rare)
+    assert 50 <= rows(tmp_path / "a")[-1]["step"] < 99, "the next checkpoint is due after step 100"
+
+
 # -- refusals
 
 
