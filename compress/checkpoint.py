@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from compress.artifacts import building_folder, fingerprint_path, read_json, write_json
 from compress.errors import ArtifactError
@@ -217,6 +218,16 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
         ) from error
     if restore_rng:
         torch.set_rng_state(rng)
+
+
+def empties(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and dtypes that the checkpoint has under `prefix`, to be filled by `load`."""
+    found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in found.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def _digest(folder: Path) -> dict[str, str]:

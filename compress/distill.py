@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ from compress.recovery import FORECAST_SHARE, forecast
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
-from compress.teacher import CachedTeacher, Teacher
+from compress.teacher import CachedTeacher, PreviousSelf, Teacher, overlapping
 from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
     check_training_data,
@@ -84,7 +85,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         register_fsdp_forward_method(student, "figures")
         average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
         optimizer = optimizer_of(student, settings)
-        progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average))
+        previous = teacher if isinstance(teacher, PreviousSelf) else None
+        progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average, previous))
         if progress.step:
             log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
         metrics = run_dir / "distill" / "metrics.jsonl"
@@ -94,7 +96,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
 
 
 def _teacher(config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel) -> TeacherSource:
-    """Who is distilled from. Of a cached teacher no weights are read."""
+    """Who is distilled from. A teacher's weights are read only when it is asked at every step."""
     terms = config.distill.objectives
     if config.teacher.mode is TeacherMode.cached:
         cache = open_cache(config, run_dir, drawn_sequences(config, run_dir))
@@ -104,6 +106,8 @@ def _teacher(config: CompressConfig, run_dir: Path, dtype: torch.dtype, student:
                 "cached teacher, whose padding may have been drawn; set teacher.mode=online"
             )
         return CachedTeacher(cache)
+    if config.teacher.mode is TeacherMode.previous_self:
+        return PreviousSelf()
     model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code)
     check_models(terms, student, model)
     if config.distill.compile:
@@ -124,6 +128,10 @@ class _Parts:
     sets: dict[str, list[TokenBatch]]  # to validate on, by name
     work: Callable[[int], float] | None  # FLOP of a token in a sequence of that length, over the peak in a second
     metrics: Path
+
+    @property
+    def previous(self) -> PreviousSelf | None:
+        return self.teacher if isinstance(self.teacher, PreviousSelf) else None
 
 
 def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int], float] | None:
@@ -148,9 +156,15 @@ def _train(parts: _Parts, progress: Progress) -> None:
             writer.check()
             phase, within = step.phase, progress.step - step.phase.first_step
             began, head_before = time.perf_counter(), parts.student.head_seconds
-            window = micro_batches(step.data, step.indices, settings.micro_batch_size)
+            window = list(micro_batches(step.data, step.indices, settings.micro_batch_size))
             terms = terms_at(settings, within / max(1, phase.num_steps - 1))
-            found = accumulate_gradients(parts.student, parts.teacher, window, terms)
+            said: list[Tensor] = []
+            if parts.previous is not None:
+                parts.previous.begin(window, step.num_repeated)
+            keep = None if parts.previous is None else said
+            found = accumulate_gradients(parts.student, parts.teacher, window, terms, keep=keep)
+            if parts.previous is not None:
+                parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))
             loss = found.loss
             factor = learning_rate_factor(
                 within,
@@ -191,7 +205,7 @@ def _train(parts: _Parts, progress: Progress) -> None:
             last = num_steps(config, progress.shortened)
             done = progress.step == last
             if done or stop.name or progress.step % settings.checkpoint_steps == 0:
-                state = training_state(parts.student, optimizer, parts.average)
+                state = training_state(parts.student, optimizer, parts.average, parts.previous)
                 facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
                 writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
             if stop.name and not done:
@@ -235,6 +249,7 @@ class _Step:
     phase: Phase
     data: TokenSet
     indices: Ints  # of its sequences in data
+    num_repeated: int = 0  # the first so many were the step before's last
 
 
 def _steps(config: CompressConfig, data: TokenSet, optimizer: LocalOptimizer, progress: Progress) -> Iterator[_Step]:
@@ -247,8 +262,12 @@ def _steps(config: CompressConfig, data: TokenSet, optimizer: LocalOptimizer, pr
         order = phase_orders(config, data, phases_of(config, progress.shortened)[: number + 1])[number]
         pieces = phase_data(data, phase, order)
         while progress.step < phase.end:
-            draw = (progress.step - phase.first_step) * phase.global_batch_size
-            yield _Step(phase, pieces, order.indices(draw, draw + phase.global_batch_size))
+            within, batch = progress.step - phase.first_step, phase.global_batch_size
+            if config.teacher.mode is TeacherMode.previous_self:
+                repeated, fresh = overlapping(within, batch // 2)
+                yield _Step(phase, pieces, order.indices(repeated.start, fresh.stop), len(repeated))
+            else:
+                yield _Step(phase, pieces, order.indices(within * batch, (within + 1) * batch))
             phase = phases_of(config, progress.shortened)[number]  # an early stop may have changed its end
 
 

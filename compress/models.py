@@ -30,11 +30,6 @@ class OutputHead:
     bias_V: Tensor | None = None
     scale: float = 1.0
 
-    def detached_copy(self) -> OutputHead:
-        """The head as it is now, whatever the optimizer does to it."""
-        bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
-        return OutputHead(self.weight_VD.detach().clone(), self.softcap, bias_V, self.scale)
-
     def rows(self, count: int) -> OutputHead:
         """Its first rows: what a vocabulary has without padding."""
         if count == len(self.weight_VD):

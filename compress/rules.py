@@ -121,6 +121,8 @@ def check(config: CompressConfig) -> None:
     _check_validation(config)
     if config.teacher.mode is TeacherMode.cached:
         _check_cached(config)
+    if config.teacher.mode is TeacherMode.previous_self:
+        _check_previous_self(config)
     if config.rounds:
         _check_rounds(config)
     elif config.round is not None:
@@ -387,13 +389,44 @@ def _check_cached(config: CompressConfig) -> None:
                 f"teacher.mode=cached, which holds sequences of data.sequence_length={config.data.sequence_length}; "
                 "leave it null, or set teacher.mode=online"
             )
+    _refuse_validation(config)
+    for number, term in enumerate(config.distill.objectives):
+        _check_cached_term(config, f"distill.objectives[{number}]", term)
+
+
+def _refuse_validation(config: CompressConfig) -> None:
     if config.distill.validate_steps is not None:
         raise ConfigError(
             f"distill.validate_steps={config.distill.validate_steps} compares with the teacher itself, which "
-            "teacher.mode=cached doesn't load; set it null, or teacher.mode=online"
+            f"teacher.mode={config.teacher.mode} doesn't load; set it null, or teacher.mode=online"
         )
-    for number, term in enumerate(config.distill.objectives):
-        _check_cached_term(config, f"distill.objectives[{number}]", term)
+
+
+def _check_previous_self(config: CompressConfig) -> None:
+    """Half of a batch is repeated, has something said of it, and is never in one micro-batch with the other half."""
+    from compress.objectives.table import OBJECTIVES, needs_hidden_states
+
+    _refuse_validation(config)
+    micro = config.distill.micro_batch_size
+    for phase in phase_settings(config):
+        batch = phase["global_batch_size"]
+        if batch % (2 * micro):
+            raise ConfigError(
+                f"global_batch_size={batch} must be a multiple of 2 * distill.micro_batch_size={2 * micro} when "
+                "teacher.mode=previous_self, which repeats half of each batch; change one of the two"
+            )
+    terms = config.distill.objectives
+    hidden = next((term.objective for term in terms if needs_hidden_states([term])), None)
+    if hidden:
+        raise ConfigError(
+            f"distill.objectives: {hidden} compares what is inside two models, and teacher.mode=previous_self has one; "
+            "leave it out, or set teacher.mode=online"
+        )
+    if not any(OBJECTIVES[term.objective].labels_only for term in terms):
+        raise ConfigError(
+            "distill.objectives: with teacher.mode=previous_self the text is the only thing that is known of a fresh "
+            "sequence; add {objective: cross_entropy}"
+        )
 
 
 def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> None:

@@ -73,6 +73,7 @@ class TeacherMode(StrEnum):
 
     online = "online"  # its own forward at every step
     cached = "cached"  # what stage cache has kept of it
+    previous_self = "previous_self"  # none: what the student itself said of the same text at the step before
 
 
 class CacheKind(StrEnum):

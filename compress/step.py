@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -153,6 +154,17 @@ class StudentModule(nn.Module):
         self.head_seconds += time.perf_counter() - began
         return result
 
+    @torch.no_grad()
+    def head_now(self, dtype: torch.dtype) -> OutputHead:
+        """A copy of the output head in the dtype of the forward, whole on every rank, all of which call it."""
+        head = output_head(self.model)
+
+        def copied(tensor: Tensor) -> Tensor:
+            return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(dtype, copy=True)
+
+        bias_V = None if head.bias_V is None else copied(head.bias_V)
+        return OutputHead(copied(head.weight_VD), head.softcap, bias_V, head.scale)
+
     def figures(self, batch: TokenBatch, signal: DenseSignal) -> Tensor:
         """What `comparison.compare` says of a micro-batch; without gradients. For FSDP2 a forward of its own."""
         hidden_ND = trunk(self.model, batch)[batch.loss_mask]
@@ -190,7 +202,7 @@ def accumulate_gradients(
 
     Args:
         terms: with the weights and temperatures of this step.
-        keep: the final hidden states (N, D) of each micro-batch are appended to it.
+        keep: the final hidden states (N, D) of each micro-batch are appended to it, for `teacher.PreviousSelf`.
     """
     window = list(micro_batches)
     counts_K = _counts(window, teacher, terms, ranks)

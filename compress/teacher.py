@@ -19,6 +19,8 @@ from compress.signals import SignalCache
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
+PREVIOUS = "previous/"  # how its tensors' names begin in checkpoints
+
 
 class Teacher:
     """The frozen model that is distilled from; not an nn.Module, so that it is in nobody's parameters or state.
@@ -102,12 +104,19 @@ class PreviousSelf:
         fresh = [said for batch, said in zip(window, hidden, strict=True) if not self.answers(batch)]
         self._hidden_ND, self._head = torch.cat(fresh), head
 
+    def restore(self, state: dict[str, Tensor], head: OutputHead) -> None:
+        """Go on from a checkpoint's `state`; `head`: the student's, for what isn't a tensor."""
+        if state:
+            bias_V = state.get(f"{PREVIOUS}bias")
+            self._hidden_ND = state[f"{PREVIOUS}hidden"]
+            self._head = OutputHead(state[f"{PREVIOUS}weight"], head.softcap, bias_V, head.scale)
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it; empty before the first step."""
         if self._hidden_ND is None or self._head is None:
             return {}
-        bias = {} if self._head.bias_V is None else {"previous/bias": self._head.bias_V}
-        return {"previous/hidden": self._hidden_ND, "previous/weight": self._head.weight_VD, **bias}
+        bias = {} if self._head.bias_V is None else {f"{PREVIOUS}bias": self._head.bias_V}
+        return {f"{PREVIOUS}hidden": self._hidden_ND, f"{PREVIOUS}weight": self._head.weight_VD, **bias}
 
 
 def overlapping(step: int, num_fresh: int) -> tuple[range, range]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from compress import checkpoint
 from compress.errors import ConfigError
+from compress.models import output_head
 from compress.moving_average import MovingAverage
 from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
@@ -19,6 +20,8 @@ from compress.phases import Phase, Progress, phases_of
 from compress.recovery import has_levelled, steps_after_stop
 from compress.schedules import between
 from compress.settings import CompressConfig, Curve, DistillConfig, Optimizer
+from compress.step import StudentModule
+from compress.teacher import PREVIOUS, PreviousSelf
 from compress.tokens import Ints, SequenceOrder, TokenBatch, TokenSet
 
 
@@ -127,9 +130,14 @@ def optimizer_of(student: nn.Module, settings: DistillConfig) -> LocalOptimizer:
 
 
 def training_state(
-    student: nn.Module, optimizer: LocalOptimizer, average: MovingAverage | None = None
+    student: nn.Module,
+    optimizer: LocalOptimizer,
+    average: MovingAverage | None = None,
+    previous: PreviousSelf | None = None,
 ) -> dict[str, Tensor]:
+    """Everything that a training goes on from, beside its facts; tensors of the training itself, to be loaded into."""
     return {
+        **(previous.state() if previous else {}),
         **{f"model/{name}": p for name, p in student.named_parameters()},
         **{f"optimizer/{key}": value for key, value in optimizer.state().items()},
         **{f"average/{name}": value for name, value in (average.state() if average else {}).items()},
@@ -137,14 +145,20 @@ def training_state(
 
 
 def resume(
-    folder: Path, student: nn.Module, optimizer: LocalOptimizer, average: MovingAverage | None = None
+    folder: Path,
+    student: StudentModule,
+    optimizer: LocalOptimizer,
+    average: MovingAverage | None = None,
+    previous: PreviousSelf | None = None,
 ) -> dict[str, Any]:
     """Load the newest whole checkpoint in place, random numbers too; returns its facts (none without one)."""
     found = checkpoint.newest(folder)
     if found is None:
         return {}
     path, facts = found
-    checkpoint.load(path, training_state(student, optimizer, average), restore_rng=True)
+    if previous is not None:
+        previous.restore(checkpoint.empties(path, PREVIOUS), output_head(student.model))
+    checkpoint.load(path, training_state(student, optimizer, average, previous), restore_rng=True)
     return facts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,55 @@ def test_resume_is_bit_identical(upstream: Path, tmp_path: Path, optimizer: str)
     ours, theirs = ([{k: v for k, v in row.items() if "second" not in k} for row in _rows(f)] for f in (whole, cut))
     assert ours == theirs
     assert [row["step"] for row in ours] == [1, 2, 3, 4]
+
+
+ITSELF = (
+    "teacher.mode=previous_self",
+    "distill.micro_batch_size=2",
+    "distill.objectives=[{objective: cross_entropy},{temperature: 3, squared: true},{objective: dynamic_kl}]",
+)
+
+
+def test_a_training_against_its_own_earlier_word_resumes_exactly_and_loads_no_teacher(
+    upstream: Path, tmp_path: Path
+) -> None:
+    """What it said at the last step, and the head of then, are in the checkpoint."""
+    whole, cut = _copy(upstream, tmp_path / "whole"), _copy(upstream, tmp_path / "cut")
+    # Half of each batch is what the step before saw: its first step has nothing to repeat.
+    tokens = [row["loss_tokens"] for row in (_train(whole, *ITSELF), _rows(whole))[1]]
+    expected = _weights(whole, STEPS)
+    assert tokens[0] < 0.7 * tokens[1]
+    assert [row["terms"]["forward_kl"] > 0 for row in _rows(whole)] == [False, True, True, True]
+    assert {"previous/hidden", "previous/weight"} <= expected.keys()
+    _train(cut, *ITSELF)
+    for step in (3, 4):
+        shutil.rmtree(cut / "run" / "distill" / "checkpoints" / f"step_{step:08d}")
+    again = _train(cut, *ITSELF)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, again[name]), name
+    pipeline.run(_config(whole, "stage=distill", *ITSELF))
+
+
+def test_its_own_word_needs_no_teacher_weights(upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, loaded = _copy(upstream, tmp_path / "run"), []
+    right = distill.load_model
+    monkeypatch.setattr(distill, "load_model", lambda path, *rest: loaded.append(path) or right(path, *rest))
+    _train(folder, *ITSELF)
+    assert loaded == [folder / "run" / "prune"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("distill.objectives=[{}]",), "add {objective: cross_entropy}"),
+        (("distill.micro_batch_size=8",), "must be a multiple of 2 * distill.micro_batch_size=16"),
+        (("distill.validate_steps=2",), "compares with the teacher itself, which teacher.mode=previous_self"),
+        (("distill.objectives=[{objective: cross_entropy},{objective: hidden_mse}]",), "has one; leave it out"),
+    ],
+)
+def test_what_its_own_word_cannot_do_is_refused(settings: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        _config(tmp_path, *ITSELF, *settings)
 
 
 INSIDE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.config import load_config
+from compress.errors import ConfigError
 from compress.models import OutputHead
 from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Targets, chunked_loss
-from compress.objectives.table import OBJECTIVES
+from compress.objectives.table import OBJECTIVES, combines_with, markdown
 from compress.objectives.terms import OPTIONS, Term
 from compress.settings import ObjectiveName
 
@@ -353,3 +357,27 @@ def test_the_settings_name_every_objective() -> None:
     assert [str(name) for name in ObjectiveName] == list(OBJECTIVES)
     for objective in OBJECTIVES.values():
         assert set(objective.options) <= set(OPTIONS)
+
+
+def test_the_docs_print_the_tables() -> None:
+    assert markdown() in (REPOSITORY / "docs" / "objectives.md").read_text()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_config_refuses_exactly_what_the_table_calls_no(name: str) -> None:
+    """Alone, or beside cross-entropy where the model's own earlier word needs it."""
+    settings = {
+        "online": ("teacher.mode=online",),
+        "cache: sample": ("teacher.mode=cached",),
+        "cache: top_k": ("teacher.mode=cached", "cache.kind=top_k"),
+        "previous self": ("teacher.mode=previous_self",),
+        "compile, search": ("distill.compile=true",),
+    }
+    table = combines_with(OBJECTIVES[name])
+    assert table.keys() == settings.keys()
+    for column, chosen in settings.items():
+        beside = ",{objective: cross_entropy}" if column == "previous self" else ""
+        terms = f"distill.objectives=[{{objective: {name}}}{beside}]"
+        expectation = contextlib.nullcontext() if table[column] else pytest.raises(ConfigError)
+        with expectation:
+            load_config("recipe=tiny", "distill.micro_batch_size=1", terms, *chosen)

@@ -1,6 +1,6 @@
 """Which objectives there are, what each needs, and which may stand together: config refuses the rest.
 
-`python -m compress.objectives.table` prints the matrix of docs/objectives.md.
+`python -m compress.objectives` prints the tables of docs/objectives.md.
 """
 
 from __future__ import annotations
@@ -207,3 +207,30 @@ OBJECTIVES: dict[str, Objective] = {
 def needs_hidden_states(terms: Sequence[AnyTerm]) -> bool:
     """Whether any term looks inside the models, which only a teacher that runs can answer."""
     return any(OBJECTIVES[term.objective].hidden for term in terms)
+
+
+def combines_with(objective: Objective) -> dict[str, bool]:
+    """Which teachers it can be had from, and whether with distill.compile and in the search's short distillations."""
+    of_logits = objective.function is not None
+    return {
+        "online": True,
+        "cache: sample": objective.labels_only or "sample" in objective.sparse,
+        "cache: top_k": objective.labels_only or "top_k" in objective.sparse,
+        "previous self": of_logits,
+        "compile, search": of_logits,
+    }
+
+
+def markdown() -> str:
+    """The objectives, and what each can be combined with."""
+    lines = ["| objective | a token's loss | source | when |", "|---|---|---|---|"]
+    for name, objective in OBJECTIVES.items():
+        formula = objective.formula.replace("|", "\\|")
+        lines.append(f"| `{name}` | {formula} | {objective.source} | {objective.use} |")
+    columns = list(combines_with(OBJECTIVES["forward_kl"]))
+    lines += ["", f"| objective | options | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for name, objective in OBJECTIVES.items():
+        marks = ["yes" if holds else "no" for holds in combines_with(objective).values()]
+        options = ", ".join(f"`{option}`" for option in objective.options) or "none"
+        lines.append(f"| `{name}` | {options} | {' | '.join(marks)} |")
+    return "\n".join(lines)

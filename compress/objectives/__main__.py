@@ -1,0 +1,5 @@
+"""python -m compress.objectives: the tables of docs/objectives.md."""
+
+from compress.objectives.table import markdown
+
+print(markdown())
