@@ -31,6 +31,7 @@ from compress.settings import (
     DepthCriterion,
     PhaseConfig,
     RoundConfig,
+    SiblingConfig,
     Size,
     SourceConfig,
     Stage,
@@ -155,7 +156,7 @@ def _explain_key(found: OmegaConfBaseException, around: str) -> str:
     outside = re.search(r"overrid(?:e|ing) '?([\w.]+)", around)
     in_round = bool(outside and outside[1] == "rounds" and key != "rounds")
     inside = is_dataclass(found.object_type) and (
-        in_round or ("." not in key and found.object_type in (SourceConfig, RoundConfig, TermConfig))
+        in_round or ("." not in key and found.object_type in (SourceConfig, RoundConfig, TermConfig, SiblingConfig))
     )
     if inside:
         key = f"{outside[1] if outside else 'data.*'}: {key}"
@@ -203,6 +204,7 @@ def _rule_of(hint: Any) -> str | None:
         list[float]: "a list of numbers, such as [0.9,0.1]",
         list[RoundConfig]: "a list of rounds, such as [{prune: {num_hidden_layers: 28}}]",
         list[TermConfig]: "a list of terms, such as [{objective: forward_kl}]",
+        list[SiblingConfig]: "a list of students, such as [{name: small, prune: {num_hidden_layers: 20}}]",
         SourceConfig: "a source, such as {path: my.jsonl}",
     }
     rule = words.get(plain)

@@ -8,11 +8,12 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
@@ -32,7 +33,7 @@ from compress.recovery import FORECAST_SHARE, forecast
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
-from compress.teacher import CachedTeacher, PreviousSelf, Teacher, overlapping
+from compress.teacher import CachedTeacher, OncePerBatch, PreviousSelf, Teacher, overlapping
 from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
     check_training_data,
@@ -58,6 +59,45 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     Raises ConfigError before any training for a student that doesn't fit the teacher or a step without loss tokens,
     NumericalError when the loss is not finite, Interrupted after SIGTERM, SIGINT or SIGUSR1 was answered by a save.
     """
+    run_together([(config, run_dir)])
+
+
+def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
+    """`run` for several students that differ in shape alone, step by step, so that the teacher says everything once.
+
+    One that is behind the others, after a kill, catches up first. Raises as `run`; a student that fails ends them all.
+    """
+    shared: Teacher | None = None
+    with single_process_mesh() as mesh, _stop_signals() as stop, contextlib.ExitStack() as stack:
+        trainings = []
+        for config, run_dir in members:
+            parts, progress = _prepare(config, run_dir, mesh, shared)
+            if len(members) > 1 and isinstance(parts.teacher, Teacher):
+                shared = parts.teacher = shared or OncePerBatch(parts.teacher)
+            settings = config.distill
+            folder = run_dir / "distill" / "checkpoints"
+            writer = checkpoint.Writer(folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step)
+            trainings.append((progress, _train(parts, progress, stack.enter_context(writer), stop)))
+        while trainings:
+            behind = min(progress.step for progress, _ in trainings)
+            left, interrupted = [], None
+            for progress, steps in trainings:
+                try:
+                    if progress.step > behind or next(steps, None) is not None:
+                        left.append((progress, steps))
+                except Interrupted as error:  # the others' steps are saved too
+                    interrupted = error
+            if interrupted is not None:
+                raise interrupted
+            if isinstance(shared, OncePerBatch):
+                shared.forget()
+            trainings = left
+
+
+def _prepare(
+    config: CompressConfig, run_dir: Path, mesh: DeviceMesh, shared: Teacher | None
+) -> tuple[_Parts, Progress]:
+    """Everything that a training works with, as far as it has come."""
     settings, trust = config.distill, config.teacher.trust_remote_code
     teacher_path = teacher_of(config)
     student_path = start_of(config, run_dir)
@@ -68,36 +108,39 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     check_vocabulary(teacher_path, student_path, trust)
     dtype = resolve_dtype(config.compute_dtype)
     torch.manual_seed(config.seed)
-    with single_process_mesh() as mesh:
-        terms = settings.objectives
-        model = load_model(student_path, torch.float32, trust)
-        teacher = _teacher(config, run_dir, dtype, model)
-        if settings.recompute:
-            recompute_layers(model)
-        if settings.compile:
-            compile_layers(model)
-        projections = None
-        if isinstance(teacher, Teacher):
-            widths = model.config.hidden_size, teacher.model.config.hidden_size
-            projections = make_projections(terms, *widths, config.seed)
-        student = StudentModule(model, projections).train()
-        shard(student, decoder_layers(model), mesh, dtype)
-        register_fsdp_forward_method(student, "figures")
-        average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
-        optimizer = optimizer_of(student, settings)
-        previous = teacher if isinstance(teacher, PreviousSelf) else None
-        progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average, previous))
-        if progress.step:
-            log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
-        metrics = run_dir / "distill" / "metrics.jsonl"
-        training_log.keep_up_to(metrics, progress.step)
-        work = _work(config, teacher_path, student_path)
-        _train(_Parts(config, student, teacher, optimizer, average, data, sets, work, metrics), progress)
+    model = load_model(student_path, torch.float32, trust)
+    teacher = _teacher(config, run_dir, dtype, model, shared)
+    if settings.recompute:
+        recompute_layers(model)
+    if settings.compile:
+        compile_layers(model)
+    projections = None
+    if isinstance(teacher, Teacher):
+        widths = model.config.hidden_size, teacher.model.config.hidden_size
+        projections = make_projections(settings.objectives, *widths, config.seed)
+    student = StudentModule(model, projections).train()
+    shard(student, decoder_layers(model), mesh, dtype)
+    register_fsdp_forward_method(student, "figures")
+    average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
+    optimizer = optimizer_of(student, settings)
+    previous = teacher if isinstance(teacher, PreviousSelf) else None
+    progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average, previous))
+    if progress.step:
+        log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
+    metrics = run_dir / "distill" / "metrics.jsonl"
+    training_log.keep_up_to(metrics, progress.step)
+    work = _work(config, teacher_path, student_path)
+    return _Parts(config, student, teacher, optimizer, average, data, sets, work, metrics), progress
 
 
-def _teacher(config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel) -> TeacherSource:
-    """Who is distilled from. A teacher's weights are read only when it is asked at every step."""
+def _teacher(
+    config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel, shared: Teacher | None
+) -> TeacherSource:
+    """Who is distilled from. A teacher's weights are read only when it is asked at every step, and once for all."""
     terms = config.distill.objectives
+    if shared is not None:
+        check_models(terms, student, shared.model)
+        return shared
     if config.teacher.mode is TeacherMode.cached:
         cache = open_cache(config, run_dir, drawn_sequences(config, run_dir))
         if student.config.vocab_size < cache.form.vocab_size:
@@ -115,7 +158,7 @@ def _teacher(config: CompressConfig, run_dir: Path, dtype: torch.dtype, student:
     return Teacher(model, listening(terms, to_teacher=True))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Parts:
     """What a training works with."""
 
@@ -143,74 +186,71 @@ def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int
     return lambda length: flops_per_token(info, shape, length, recompute) / peak
 
 
-def _train(parts: _Parts, progress: Progress) -> None:
+def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _Stop) -> Iterator[int]:
+    """The steps that are left, each done when its number (from 1) is given."""
     config, settings, optimizer = parts.config, parts.config.distill, parts.optimizer
     planned = num_steps(config, progress.shortened) - progress.step
-    folder = parts.metrics.parent / "checkpoints"
-    with (
-        _stop_signals() as stop,
-        checkpoint.Writer(folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step) as writer,
-    ):
-        steps = _steps(config, parts.data, optimizer, progress)
-        for step in track(steps, "distill", planned, "tok", lambda step: step.phase.tokens_per_step):
-            writer.check()
-            phase, within = step.phase, progress.step - step.phase.first_step
-            began, head_before = time.perf_counter(), parts.student.head_seconds
-            window = list(micro_batches(step.data, step.indices, settings.micro_batch_size))
-            terms = terms_at(settings, within / max(1, phase.num_steps - 1))
-            said: list[Tensor] = []
-            if parts.previous is not None:
-                parts.previous.begin(window, step.num_repeated)
-            keep = None if parts.previous is None else said
-            found = accumulate_gradients(parts.student, parts.teacher, window, terms, keep=keep)
-            if parts.previous is not None:
-                parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))
-            loss = found.loss
-            factor = learning_rate_factor(
-                within,
-                phase.num_steps,
-                settings.warmup_steps,
-                settings.min_learning_rate_ratio,
-                settings.learning_rate_curve,
-                settings.decay_share,
+    steps = _steps(config, parts.data, optimizer, progress)
+    for step in track(steps, "distill", planned, "tok", lambda step: step.phase.tokens_per_step):
+        writer.check()
+        phase, within = step.phase, progress.step - step.phase.first_step
+        began, head_before = time.perf_counter(), parts.student.head_seconds
+        window = list(micro_batches(step.data, step.indices, settings.micro_batch_size))
+        terms = terms_at(settings, within / max(1, phase.num_steps - 1))
+        said: list[Tensor] = []
+        if parts.previous is not None:
+            parts.previous.begin(window, step.num_repeated)
+        keep = None if parts.previous is None else said
+        found = accumulate_gradients(parts.student, parts.teacher, window, terms, keep=keep)
+        if parts.previous is not None:
+            parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))
+        loss = found.loss
+        factor = learning_rate_factor(
+            within,
+            phase.num_steps,
+            settings.warmup_steps,
+            settings.min_learning_rate_ratio,
+            settings.learning_rate_curve,
+            settings.decay_share,
+        )
+        norm, updating = math.nan, time.perf_counter()
+        if math.isfinite(loss):
+            norm, rate = optimizer.step(factor, settings.max_gradient_norm)
+        if not math.isfinite(norm):
+            writer.wait()
+            raise NumericalError(
+                f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
+                f"{step.indices.tolist()}; nothing was updated, and step {writer.committed} is kept. Lower "
+                f"distill.learning_rate={phase.learning_rate} or raise distill.warmup_steps="
+                f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
             )
-            norm, updating = math.nan, time.perf_counter()
-            if math.isfinite(loss):
-                norm, rate = optimizer.step(factor, settings.max_gradient_norm)
-            if not math.isfinite(norm):
-                writer.wait()
-                raise NumericalError(
-                    f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
-                    f"{step.indices.tolist()}; nothing was updated, and step {writer.committed} is kept. Lower "
-                    f"distill.learning_rate={phase.learning_rate} or raise distill.warmup_steps="
-                    f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
-                )
-            progress.step += 1
-            if parts.average is not None:
-                parts.average.update(progress.step)
-            if progress.step % settings.log_steps == 0 or progress.step == phase.end:
-                ended = time.perf_counter()
-                training_log.append(parts.metrics, {
-                    "step": progress.step, "tokens": phase.tokens_after(progress.step),
-                    "loss_tokens": found.num_tokens, "loss": loss,
-                    "terms": dict(zip(term_names(terms), found.terms, strict=True)),
-                    "gradient_norm": norm, "learning_rate": rate,
-                    **training_log.speed(
-                        ended - began, phase, parts.work, teacher=found.teacher_seconds,
-                        head=parts.student.head_seconds - head_before, optimizer=ended - updating,
-                    ),
-                })  # fmt: skip
-            if settings.validate_steps and (progress.step % settings.validate_steps == 0 or progress.step == phase.end):
-                _validate(parts, phase, progress)
-            last = num_steps(config, progress.shortened)
-            done = progress.step == last
-            if done or stop.name or progress.step % settings.checkpoint_steps == 0:
-                state = training_state(parts.student, optimizer, parts.average, parts.previous)
-                facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
-                writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
-            if stop.name and not done:
-                writer.wait()
-                raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
+        progress.step += 1
+        if parts.average is not None:
+            parts.average.update(progress.step)
+        if progress.step % settings.log_steps == 0 or progress.step == phase.end:
+            ended = time.perf_counter()
+            training_log.append(parts.metrics, {
+                "step": progress.step, "tokens": phase.tokens_after(progress.step),
+                "loss_tokens": found.num_tokens, "loss": loss,
+                "terms": dict(zip(term_names(terms), found.terms, strict=True)),
+                "gradient_norm": norm, "learning_rate": rate,
+                **training_log.speed(
+                    ended - began, phase, parts.work, teacher=found.teacher_seconds,
+                    head=parts.student.head_seconds - head_before, optimizer=ended - updating,
+                ),
+            })  # fmt: skip
+        if settings.validate_steps and (progress.step % settings.validate_steps == 0 or progress.step == phase.end):
+            _validate(parts, phase, progress)
+        last = num_steps(config, progress.shortened)
+        done = progress.step == last
+        if done or stop.name or progress.step % settings.checkpoint_steps == 0:
+            state = training_state(parts.student, optimizer, parts.average, parts.previous)
+            facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
+            writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
+        if stop.name and not done:
+            writer.wait()
+            raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
+        yield progress.step
 
 
 def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:

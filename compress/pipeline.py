@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,7 @@ from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, launched, refuse_several_ranks
 from compress.phases import phase_settings
 from compress.progress import about
-from compress.rules import round_config
+from compress.rules import round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, PruneConfig, Stage, TeacherMode, set_name
 from compress.sources import local_files
 from compress.training import check_training_data
@@ -116,8 +117,8 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.cache: StageEntry(
         cache.run,
         (Stage.tokenize,),
-        ("seed", "compute_dtype", "data.train[*].weight", "distill.num_tokens", "distill.global_batch_size",
-         "cache.kind", "cache.num_samples", "cache.k", "cache.sequences_per_shard"),
+        ("seed", "compute_dtype", "data.train[*].weight", "distill.num_tokens", "distill.phases",
+         "distill.global_batch_size", "cache.kind", "cache.num_samples", "cache.k", "cache.sequences_per_shard"),
         lambda _: "cache",
     ),
     Stage.distill: StageEntry(
@@ -147,6 +148,9 @@ def run(config: CompressConfig) -> None:
         add_families(Path(config.architecture.table).expanduser())
     if config.rounds:
         _run_rounds(config)
+        return
+    if config.siblings:
+        _run_siblings(config)
         return
     run_dir = _run_dir(config)
     if config.stage is Stage.status:
@@ -233,14 +237,52 @@ def _run_rounds(config: CompressConfig) -> None:
             raise ConfigError(
                 f"round {number} prunes {one.prune.source}, which isn't there; run round={number - 1} up to export"
             )
-        shared = _run_dir(round_config(config, 1)) / "tokens"
-        tokens = _run_dir(one) / "tokens"
-        if number > 1 and shared.exists() and not tokens.exists():
-            with disk_errors(tokens):
-                tokens.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileExistsError):  # another rank was first
-                    tokens.symlink_to(Path("..") / "round_1" / "tokens")
+        if number > 1:
+            _link(_run_dir(one) / "tokens", _run_dir(round_config(config, 1)) / "tokens")
         run(one)
+
+
+def _run_siblings(config: CompressConfig) -> None:
+    """The siblings up to prune one after the other, distill together, then each to its end; tokens and score once."""
+    members = [sibling_config(config, sibling.name) for sibling in config.siblings]
+    if config.stage is not Stage.all:
+        for one in members[:1] if config.stage is Stage.selftest else members:
+            run(one)
+        return
+    order = [Stage.tokenize, Stage.score, Stage.search, Stage.prune]
+    before = config.until if config.until in order else Stage.prune
+    first = _run_dir(members[0])
+    for one in members:
+        for shared in ("tokens", "score") if one is not members[0] else ():
+            _link(_run_dir(one) / shared, first / shared)
+        log.info("sibling %s", _run_dir(one).name)
+        run(dataclasses.replace(one, until=before))
+    if config.until in order:
+        return
+    with contextlib.ExitStack() as stack:
+        training = []
+        for one in members:
+            everything = expectations(one)
+            for stage in (Stage.cache, Stage.distill):
+                if stage in _left_out(one) or _is_done(one, stage, everything):
+                    continue
+                if stage is Stage.cache:
+                    _run_stage(one, _run_dir(one), stage, everything)
+                elif stack.enter_context(_books(one, _run_dir(one), stage, everything)):
+                    training.append((one, _run_dir(one)))
+        if training:
+            distill.run_together(training)
+    for one in members:
+        run(one)
+
+
+def _link(link: Path, target: Path) -> None:
+    """A relative link to a folder of the same run, unless there is something already."""
+    if target.exists() and not link.exists():
+        with disk_errors(link):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # another rank was first
+                link.symlink_to(os.path.relpath(target, link.parent))
 
 
 def _print_all(tables: Iterable[Table]) -> None:
@@ -330,13 +372,24 @@ def _known_of(config: CompressConfig) -> tuple[list[Family], list[int | None]]:
 
 
 def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, everything: dict[Stage, dict[str, Any]]) -> None:
+    with _books(config, run_dir, stage, everything) as wanted:
+        if wanted:
+            STAGES[stage].run(config, run_dir)
+
+
+@contextlib.contextmanager
+def _books(
+    config: CompressConfig, run_dir: Path, stage: Stage, everything: dict[Stage, dict[str, Any]]
+) -> Iterator[bool]:
+    """What is written before and after the stage's work, which is the block's; False when it was done meanwhile."""
     entry, expected = STAGES[stage], everything[stage]
     folder = run_dir / entry.folder(config)
     if not launched().is_main:  # the first rank keeps the books
-        entry.run(config, run_dir)
+        yield True
         return
     with run_lock(run_dir, folder.name):
         if _is_done(config, stage, everything):  # another process finished it since we looked
+            yield False
             return
         log.info("%s: starting", stage)
         began = time.time()
@@ -348,7 +401,7 @@ def _run_stage(config: CompressConfig, run_dir: Path, stage: Stage, everything: 
             (folder / MANIFEST).unlink()
         (folder / ERROR).unlink(missing_ok=True)
         try:
-            entry.run(config, run_dir)
+            yield True
         except CompressError as error:
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})

@@ -123,7 +123,9 @@ def check(config: CompressConfig) -> None:
         _check_cached(config)
     if config.teacher.mode is TeacherMode.previous_self:
         _check_previous_self(config)
-    if config.rounds:
+    if config.siblings:
+        _check_siblings(config)
+    elif config.rounds:
         _check_rounds(config)
     elif config.round is not None:
         raise ConfigError(
@@ -222,6 +224,40 @@ def _check_rounds(config: CompressConfig) -> None:
             check(round_config(config, number))
         except ConfigError as error:
             raise ConfigError(f"rounds: round {number}: {error}") from error
+
+
+def _check_siblings(config: CompressConfig) -> None:
+    """Each sibling is a config of its own; they are distilled together."""
+    if config.rounds:
+        raise ConfigError("siblings and rounds can't be combined; give rounds to runs of their own, or set one to []")
+    if config.prune != PruneConfig() or config.distill.init_from or config.export.step is not None:
+        raise ConfigError(
+            "prune.*, distill.init_from and export.step belong to a single student; give prune inside of siblings, or "
+            "set siblings=[]"
+        )
+    if config.stage not in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
+        raise ConfigError(
+            f"stage={config.stage}: siblings run all their stages, those that are done skipped; leave it out, or stop "
+            "after one with until="
+        )
+    names = [sibling.name for sibling in config.siblings]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"siblings: the names {names} must differ; each has its own folder")
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", name) or name in ("tokens", "score"):
+            raise ConfigError(
+                f"siblings: name={name!r} becomes a folder beside tokens and score: letters, digits, '-' and '_' only"
+            )
+        try:
+            check(sibling_config(config, name))
+        except ConfigError as error:
+            raise ConfigError(f"siblings: {name}: {error}") from error
+
+
+def sibling_config(config: CompressConfig, name: str) -> CompressConfig:
+    """The config of one of config.siblings: a run of its own."""
+    [chosen] = [sibling for sibling in config.siblings if sibling.name == name]
+    return replace(config, run_dir=f"{config.run_dir}/{name}", prune=chosen.prune, siblings=[])
 
 
 def round_config(config: CompressConfig, number: int) -> CompressConfig:

@@ -349,6 +349,14 @@ class RoundConfig:
 
 
 @dataclass
+class SiblingConfig:
+    """One of several students that are distilled in one teacher pass, each by its own pruning."""
+
+    name: str = MISSING  # its folder under run_dir
+    prune: PruneConfig = field(default_factory=PruneConfig)
+
+
+@dataclass
 class CompressConfig:
     name: str = "run"
     run_dir: str = "runs/${name}"
@@ -370,6 +378,8 @@ class CompressConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    # In run_dir/NAME, each a run of its own; the teacher says everything once for all of them.
+    siblings: list[SiblingConfig] = field(default_factory=list)
     rounds: list[RoundConfig] = field(
         default_factory=list
     )  # in run_dir/round_1, ...; each prunes the last one's student

@@ -43,6 +43,24 @@ class Teacher:
         return DenseSignal(hidden_NE, output_head(self.model), recorded if self.listening else None)
 
 
+class OncePerBatch(Teacher):
+    """A teacher that several students ask about the same micro-batches, one step at a time: it runs once for all."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__(teacher.model, teacher.listening)
+        self._said: dict[str, DenseSignal] = {}  # of the newest global batch
+
+    def signal(self, batch: TokenBatch) -> DenseSignal:
+        key = _key_of(batch)
+        if key not in self._said:
+            self._said[key] = super().signal(batch)
+        return self._said[key]
+
+    def forget(self) -> None:
+        """What it said so far is not asked for again."""
+        self._said = {}
+
+
 class RecordedTeacher(Teacher):
     """A teacher whose signals are kept in files, so that several students on the same micro-batches share one pass."""
 
@@ -52,11 +70,14 @@ class RecordedTeacher(Teacher):
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """What `Teacher.signal` says, from the file of this very micro-batch where there is one."""
-        batch_key = fingerprint([getattr(batch, name).tolist() for name in ("input_ids", "position_ids", "loss_mask")])
-        path = self.folder / f"{batch_key}.safetensors"
+        path = self.folder / f"{_key_of(batch)}.safetensors"
         if not path.exists():
             save_tensors(path, {"hidden": super().signal(batch).hidden_NE})
         return DenseSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
+
+
+def _key_of(batch: TokenBatch) -> str:
+    return fingerprint([getattr(batch, name).tolist() for name in ("input_ids", "position_ids", "loss_mask")])
 
 
 class PreviousSelf:
