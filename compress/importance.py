@@ -23,9 +23,10 @@ from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.criteria import Criterion, parse_criterion
 from compress.errors import NumericalError
 from compress.families import Family, Shape, family_of_config
+from compress.kernels import compiled
 from compress.models import decoder_layers
 from compress.parallel import ALONE, Ranks
-from compress.reductions import BLOCKED, Reductions, compiled
+from compress.reductions import BLOCKED, Reductions
 from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
 from compress.streaming import LayerStream, Progress, sweep
@@ -39,11 +40,6 @@ class _Running:
         self.count = 0
         self.mean_X: Tensor = torch.zeros((), dtype=torch.float64)
         self.deviation_X: Tensor = torch.zeros((), dtype=torch.float64)
-
-    def add(self, value_BX: Tensor) -> None:
-        value_BX = value_BX.to("cpu", torch.float64)
-        mean_X = value_BX.mean(0)
-        self.merge(value_BX.shape[0], mean_X, (value_BX - mean_X).square().sum(0))
 
     def merge(self, count: int, mean_X: Tensor, deviation_X: Tensor) -> None:
         total = self.count + count
@@ -75,15 +71,22 @@ class Listener:
         self.where = taps(family)
         self.reductions = reductions
         self.aggregations = aggregations
-        self.scores: dict[tuple[str, str], _Running] = {}  # (module, aggregation over the sequence)
+        self.scores: dict[tuple[str, str], _Running] = {}  # (module, aggregation over the sequence); after combine()
+        # By what a batch said (keys and their sizes).
+        self.running: dict[tuple[tuple[tuple[str, str], int], ...], _Running] = {}
         self.routed_norm: dict[str, Tensor] = {}  # module of the experts -> (E,) sum of output norms
         self.routed_count: dict[str, Tensor] = {}
-        self.angle_L = torch.zeros(num_layers, dtype=torch.float64)
+        self.angles = [0.0] * num_layers
         self.similarity = _Similarity(num_layers) if similarity else None
         self.num_sequences = self.num_tokens = 0
         self.valid_BT: Tensor | None = None
         self.real_B: Tensor | None = None
         self.all_valid_BT: Tensor = torch.zeros(0)
+        # What the running batch says, side by side, and of what. In one place: hundreds of small tensors that stay
+        # between the activations would keep the memory of those from being used again.
+        self.heard_BX: Tensor = torch.zeros(0, 0, dtype=torch.float64)
+        self.heard: list[tuple[tuple[str, str], int]] = []  # (module, aggregation) and how many units
+        self.num_heard = self.end_heard = 0  # sequences and columns of them
 
     def attach(self, layer: nn.Module, number: int) -> list[Callable[[], None]]:
         """Listen to a layer; returns what takes each hook off again."""
@@ -103,6 +106,7 @@ class Listener:
 
         `count` False for a batch that comes again, to another layer.
         """
+        self._settle()
         real_B = valid_BT.any(1)
         self.all_valid_BT = valid_BT
         self.real_B = None if bool(real_B.all()) else real_B
@@ -116,8 +120,40 @@ class Listener:
         if self.real_B is not None:
             values_BTX = values_BTX[self.real_B]
         for aggregation in self.aggregations:
-            running = self.scores.setdefault((name, aggregation), _Running())
-            running.add(self.reductions.aggregate(values_BTX, self.valid_BT, aggregation))
+            self._hear((name, aggregation), self.reductions.aggregate(values_BTX, self.valid_BT, aggregation))
+
+    def _hear(self, key: tuple[str, str], values_BX: Tensor) -> None:
+        count, begin, end = len(values_BX), self.end_heard, self.end_heard + values_BX.shape[1]
+        rows, columns = self.heard_BX.shape
+        if count > rows or end > columns:
+            larger_BX = torch.empty(max(count, rows), max(end, 2 * columns, 1 << 16), dtype=torch.float64)
+            larger_BX[:rows, :begin] = self.heard_BX[:, :begin]
+            self.heard_BX = larger_BX
+        self.heard_BX[:count, begin:end] = values_BX
+        self.heard.append((key, end - begin))
+        self.num_heard, self.end_heard = count, end
+
+    def _settle(self) -> None:
+        """Add what the last batch said, as one long vector: hundreds of short ones would take as long as a layer."""
+        if not self.heard:
+            return
+        values_BX = self.heard_BX[: self.num_heard, : self.end_heard]
+        mean_X = values_BX.mean(0)
+        running = self.running.setdefault(tuple(self.heard), _Running())
+        running.merge(self.num_heard, mean_X, values_BX.sub_(mean_X).square_().sum(0))
+        self.heard, self.end_heard = [], 0
+
+    def _split(self) -> dict[tuple[str, str], _Running]:
+        """Module and aggregation over the sequence -> what was heard there."""
+        self._settle()
+        scores: dict[tuple[str, str], _Running] = {}
+        for sizes, running in self.running.items():
+            widths = [size for _, size in sizes]
+            parts = zip(sizes, running.mean_X.split(widths), running.deviation_X.split(widths), strict=True)
+            for (key, _), mean_X, deviation_X in parts:
+                scores.setdefault(key, _Running()).merge(running.count, mean_X, deviation_X)
+        self.running = {}
+        return scores
 
     def _hook(self, layer: nn.Module, name: str, number: int, of_output: bool) -> Callable[[], None]:
         def hook(_module: Any, arguments: Any, output: Tensor) -> None:
@@ -132,11 +168,11 @@ class Listener:
             after_BTD = output[0] if isinstance(output, tuple) else output
             if self.similarity is not None:
                 self.similarity.add(number, before_BTD, after_BTD, self.all_valid_BT)
-            real_BT = self.all_valid_BT
-            if bool(real_BT.all()):
-                self.angle_L[number] += self.reductions.angles(before_BTD.flatten(0, 1), after_BTD.flatten(0, 1))
+            if self.real_B is None and self.valid_BT is None:
+                before_ND, after_ND = before_BTD.flatten(0, 1), after_BTD.flatten(0, 1)
             else:
-                self.angle_L[number] += self.reductions.angles(before_BTD[real_BT], after_BTD[real_BT])
+                before_ND, after_ND = before_BTD[self.all_valid_BT], after_BTD[self.all_valid_BT]
+            self.angles[number] += self.reductions.angles(before_ND, after_ND)
 
         return hook
 
@@ -161,16 +197,18 @@ class Listener:
 
     def combine(self, ranks: Ranks) -> None:
         """Add what the other ranks heard on their batches; every rank has all of it then."""
+        self.scores = self._split()
         if ranks.size == 1:
             return
         keys = sorted(self.scores)
-        parts = [torch.tensor([self.num_sequences, self.num_tokens]), self.angle_L]
+        angles_L = torch.tensor(self.angles, dtype=torch.float64)
+        parts = [torch.tensor([self.num_sequences, self.num_tokens]), angles_L]
         parts += [found[name] for found in (self.routed_norm, self.routed_count) for name in sorted(found)]
         if self.similarity is not None:
             parts += [self.similarity.sum_SS, torch.tensor(self.similarity.count)]
         totals = iter(ranks.sums(parts))
         self.num_sequences, self.num_tokens = (int(value) for value in next(totals))
-        self.angle_L = next(totals)
+        self.angles = next(totals).tolist()
         for routed in (self.routed_norm, self.routed_count):
             for name in sorted(routed):
                 routed[name] = next(totals)
@@ -196,7 +234,7 @@ class Listener:
             if criterion.kind in ("activation", "weighted_activation"):
                 weights = norms if criterion.kind == "weighted_activation" else None
                 widths[str(criterion)] = self._widths(shape, criterion, weights)
-        influence_L = self.angle_L / self.num_tokens
+        influence_L = torch.tensor(self.angles, dtype=torch.float64) / self.num_tokens
         if not bool(influence_L.isfinite().all()):
             raise NumericalError(
                 f"layer {int((~influence_L.isfinite()).nonzero()[0])}: its block influence is not finite; "
@@ -354,14 +392,21 @@ def reader_norms(layer: nn.Module, where: Taps) -> dict[str, Tensor]:
         if pattern is not None:
             name = pattern.partition(".layers.*.")[2]
             weight: Tensor = layer.get_submodule(name).weight  # type: ignore[assignment]
-            found[name] = torch.linalg.vector_norm(weight.detach().double().cpu(), dim=0)
+            found[name] = _column_norms(weight.detach())
     experts = experts_of(layer)
     if experts is not None:
-        outer = 1 if experts.is_transposed else 0
         for expert in range(experts.num_experts):
-            down = experts.down_proj[expert].detach().double().cpu()
-            found[f"experts.{expert}"] = torch.linalg.vector_norm(down, dim=outer)
+            down = experts.down_proj[expert].detach()
+            found[f"experts.{expert}"] = _column_norms(down.T if experts.is_transposed else down)
     return found
+
+
+def _column_norms(weight_DX: Tensor) -> Tensor:
+    """In float64, some rows at a time: whole copies would be the largest thing in a small model's memory."""
+    squares_X = torch.zeros(weight_DX.shape[1], dtype=torch.float64)
+    for rows_RX in weight_DX.split(64):
+        squares_X += rows_RX.double().square().sum(0).cpu()
+    return squares_X.sqrt_()
 
 
 @torch.no_grad()
@@ -388,7 +433,7 @@ def estimate_importance(
             and not only how large it is.
         similarity: also the mean cosine between the stream at any two depths, for contiguous blocks of layers.
         ranks: every rank calls this with the same batches, runs its share of them, and returns the scores of all.
-        compile: reduce by compiled kernels (`reductions.compiled`).
+        compile: reduce by compiled kernels (`kernels.compiled`).
 
     Raises NumericalError when a score isn't finite or no batch has a real token.
     """
@@ -397,7 +442,8 @@ def estimate_importance(
     family, shape = family_of_config(model.config), shape_of(model.config)
     layers = decoder_layers(model)
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
-    listener = Listener(family, shape.num_hidden_layers, aggregations, compiled() if compile else BLOCKED, similarity)
+    reductions = compiled(model.dtype, aggregations) if compile else BLOCKED
+    listener = Listener(family, shape.num_hidden_layers, aggregations, reductions, similarity)
     training = model.training
     model.eval()
     undo = [remove for number, layer in enumerate(layers) for remove in listener.attach(layer, number)]
@@ -438,7 +484,8 @@ def stream_importance(
     stream = LayerStream(info, dtype, trust_remote_code)
     batches = [batch for batch in ranks.mine(batches) if bool(batch.valid_mask.any())]
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
-    listener = Listener(info.family, stream.num_layers, aggregations, compiled() if compile else BLOCKED)
+    reductions = compiled(dtype, aggregations) if compile else BLOCKED
+    listener = Listener(info.family, stream.num_layers, aggregations, reductions)
     weighted = any(criterion.kind == "weighted_activation" for criterion in parsed)
     norms: list[dict[str, Tensor]] = []
     first = True

@@ -1,14 +1,12 @@
 """What activations are reduced to while they are at hand: numbers per unit and sequence, and angles between states.
 
-Two ways, the same to the last bits of float32: in blocks that stay in a CPU's cache, and as one compiled kernel each,
-which reads every activation once and takes no memory (half a scoring pass's surplus; benchmarks/scoring.py).
+Here in blocks that stay in a CPU's cache; the same to the last bits of float32 by the compiled kernels of `kernels.py`.
 """
 
 # B sequences, T tokens, N tokens of a batch, D hidden, X units
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,11 +78,11 @@ def angles(before_ND: Tensor, after_ND: Tensor) -> float:
     pairs = zip(_blocks(before_ND, torch.float32), _blocks(after_ND, torch.float32, 1), strict=True)
     for one, other in pairs:
         lengths_N = torch.linalg.vector_norm(one, dim=-1), torch.linalg.vector_norm(other, dim=-1)
-        total += _angle_sum(*lengths_N, torch.linalg.vector_norm(one.sub_(other), dim=-1)).item()
+        total += angle_sum(*lengths_N, torch.linalg.vector_norm(one.sub_(other), dim=-1)).item()
     return total
 
 
-def _angle_sum(one_N: Tensor, other_N: Tensor, between_N: Tensor) -> Tensor:
+def angle_sum(one_N: Tensor, other_N: Tensor, between_N: Tensor) -> Tensor:
     """Sum of 1 - cosine from the lengths of two vectors and of their difference.
 
     By (|a - b|^2 - (|a| - |b|)^2) / 2|a||b|, since 1 - a.b / |a||b| is a small difference of two large numbers: a layer
@@ -96,55 +94,3 @@ def _angle_sum(one_N: Tensor, other_N: Tensor, between_N: Tensor) -> Tensor:
 
 
 BLOCKED = Reductions(aggregate_sequence, angles)
-
-
-@functools.cache
-def compiled() -> Reductions:
-    """The same by torch.compile, for any sizes; seconds on the first use of each. Needs a C++ compiler on a CPU."""
-    fused = {name: torch.compile(kernel, dynamic=True) for name, kernel in _KERNELS.items()}
-    fused_angles = torch.compile(_angles_kernel, dynamic=True)
-
-    def aggregate(values_BTX: Tensor, valid_BT: Tensor | None, aggregation: str) -> Tensor:
-        result: Tensor = fused[aggregation](values_BTX, valid_BT)
-        return result
-
-    def angles_of(before_ND: Tensor, after_ND: Tensor) -> float:
-        return float(fused_angles(before_ND, after_ND).item())
-
-    return Reductions(aggregate, angles_of)
-
-
-def _in_float(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _sum(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
-    # Chosen, not multiplied: what padding holds may not be finite.
-    return (values_BTX if valid_BT is None else torch.where(valid_BT[:, :, None], values_BTX, 0)).sum(1)
-
-
-def _count(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor | int:
-    return values_BTX.shape[1] if valid_BT is None else valid_BT.sum(1, keepdim=True)
-
-
-def _mean_kernel(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
-    return _sum(_in_float(values_BTX).abs(), valid_BT) / _count(values_BTX, valid_BT)
-
-
-def _l2_kernel(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
-    return _sum(_in_float(values_BTX).square(), valid_BT).sqrt()
-
-
-def _variance_kernel(values_BTX: Tensor, valid_BT: Tensor | None) -> Tensor:
-    count, values_BTX = _count(values_BTX, valid_BT), _in_float(values_BTX)
-    mean_BX = _sum(values_BTX, valid_BT) / count
-    return _sum((values_BTX - mean_BX[:, None]).square(), valid_BT) / count
-
-
-_KERNELS = {"mean": _mean_kernel, "l2": _l2_kernel, "variance": _variance_kernel}
-
-
-def _angles_kernel(before_ND: Tensor, after_ND: Tensor) -> Tensor:
-    one_ND, other_ND = _in_float(before_ND), _in_float(after_ND)
-    lengths = [values_ND.square().sum(-1).sqrt() for values_ND in (one_ND, other_ND, one_ND - other_ND)]
-    return _angle_sum(*lengths)

@@ -200,7 +200,7 @@ class ScoreConfig:
     task_items: int = 64
     max_removed_layers: int | None = None  # how far they go; none = as prune.* asks, else half of the layers
     stream: bool | None = None  # one layer in memory at a time; none = when the weights don't fit
-    compile: bool = False  # reduce activations by compiled kernels: a pass costs a tenth less, after ten seconds
+    compile: bool = False  # reduce activations by compiled kernels: a pass costs a tenth less, after half a minute
     micro_batch_size: int = 4
 
 
