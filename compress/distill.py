@@ -23,8 +23,9 @@ from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.estimate import flops_per_token
 from compress.folders import read_model
 from compress.inputs import open_cache, start_of, teacher_of
-from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model
+from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model, logits_of
 from compress.moving_average import MovingAverage
+from compress.objectives.chunked import DenseSignal
 from compress.optimizer import LocalOptimizer
 from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
 from compress.phases import Phase, Progress, num_steps, phases_of
@@ -218,6 +219,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             norm, rate = optimizer.step(factor, settings.max_gradient_norm)
         if not math.isfinite(norm):
             writer.wait()
+            _refuse_teacher(parts.teacher, window, step.indices, settings.micro_batch_size)
             raise NumericalError(
                 f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
                 f"{step.indices.tolist()}; nothing was updated, and step {writer.committed} is kept. Lower "
@@ -251,6 +253,21 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             writer.wait()
             raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
         yield progress.step
+
+
+def _refuse_teacher(teacher: TeacherSource, window: Sequence[TokenBatch], indices: Ints, size: int) -> None:
+    """Raise NumericalError where it is the teacher whose logits aren't finite, naming sequence and token."""
+    for number, batch in enumerate(window if isinstance(teacher, Teacher) else ()):
+        signal = teacher.signal(batch)
+        assert isinstance(signal, DenseSignal)
+        rows, tokens = batch.loss_mask.nonzero(as_tuple=True)
+        for place, hidden_E in enumerate(signal.hidden_NE):
+            if not bool(logits_of(hidden_E[None], signal.head).isfinite().all()):
+                raise NumericalError(
+                    f"the teacher's logits are not finite at token {int(tokens[place])} of training sequence "
+                    f"{int(indices[number * size + int(rows[place])])}; nothing was updated. Look at the teacher's "
+                    "weights, or set compute_dtype=float32"
+                )
 
 
 def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:

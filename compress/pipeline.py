@@ -341,6 +341,13 @@ def _check_models(config: CompressConfig) -> None:
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     check_usable(teacher, trust)
+    vocabulary = read_config(teacher, trust).shape.vocab_size
+    for number, term in enumerate(config.distill.objectives):
+        if term.k is not None and term.k > vocabulary:
+            raise ConfigError(
+                f"distill.objectives[{number}].k={term.k} must be within 1 and vocab_size={vocabulary} of the teacher "
+                f"{teacher}"
+            )
     if needs_hidden_states(config.distill.objectives):
         check_terms(config.distill.objectives, *_known_of(config))
     for key, folder in (("distill.init_from", config.distill.init_from), ("prune.source", config.prune.source)):

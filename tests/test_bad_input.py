@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import checkpoint
 from compress.artifacts import fingerprint_path
-from compress.errors import ArtifactError, CompressError, NumericalError
+from compress.errors import ArtifactError, CompressError, ConfigError, NumericalError
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -469,6 +469,12 @@ def test_poisoned_weights_are_found_at_the_first_step(value: float, student: Pat
         run(f"distill.init_from={student}")
     assert not checkpoint.steps(tmp_path / "run" / "distill" / "checkpoints")
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_more_logits_than_there_are_is_refused_before_any_work(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"distill.objectives\[0\].k=513 must be within 1 and vocab_size=512"):
+        run("distill.objectives=[{objective: bild, k: 513}]")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_poisoned_teacher_is_found_while_scoring(teacher: Path, run: Run, tmp_path: Path) -> None:

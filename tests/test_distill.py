@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress import checkpoint, distill, pipeline
 from compress.config import load_config
-from compress.errors import ConfigError
+from compress.errors import ConfigError, NumericalError
+from compress.inputs import teacher_of
 from compress.models import load_model
 from compress.settings import CompressConfig
-from compress.tokens import Rows, shard_facts, write_index, write_shard
+from compress.tokens import Rows, TokenSet, shard_facts, write_index, write_shard
 
 STEPS = 4
 
@@ -125,6 +126,21 @@ def test_its_own_word_needs_no_teacher_weights(upstream: Path, tmp_path: Path, m
 def test_what_its_own_word_cannot_do_is_refused(settings: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(expected)):
         _config(tmp_path, *ITSELF, *settings)
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_named_with_sequence_and_token(upstream: Path, tmp_path: Path) -> None:
+    folder = _copy(upstream, tmp_path / "run")
+    config = _config(folder)
+    weights = teacher_of(config) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(NumericalError, match="the teacher's logits are not finite at token") as caught:
+        distill.run(config, Path(config.run_dir))
+    found = re.search(r"token (\d+) of training sequence (\d+)", str(caught.value))
+    assert found is not None
+    assert TokenSet.open(folder / "run" / "tokens" / "train").batch([int(found[2])]).loss_mask[0, int(found[1])]
+    assert not list((folder / "run" / "distill").glob("checkpoints/step_*"))
 
 
 INSIDE = (
