@@ -184,7 +184,8 @@ def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int
     if peak is None:
         return None
     info, shape = read_model(teacher, trust), read_model(student, trust).shape
-    return lambda length: flops_per_token(info, shape, length, recompute) / peak
+    asked = config.teacher.mode is TeacherMode.online
+    return lambda length: flops_per_token(info, shape, length, recompute, asked) / peak
 
 
 def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _Stop) -> Iterator[int]:

@@ -67,7 +67,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         tokens = config.prune.compensate_sequences * length
         compensate = tokens * (2 * teacher / FORWARD_EFFICIENCY + 6 * 2 * layers * info.shape.intermediate_size**2)
     evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
-    online = 0 if config.teacher.mode is TeacherMode.cached else teacher
+    online = teacher if config.teacher.mode is TeacherMode.online else 0
     search = config.search
     distilled = search.num_distilled or search.num_candidates
     flops = {
@@ -93,11 +93,12 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     return seconds
 
 
-def flops_per_token(teacher: ModelInfo, student: Shape, sequence_length: int, recompute: bool) -> float:
+def flops_per_token(
+    teacher: ModelInfo, student: Shape, sequence_length: int, recompute: bool, teacher_runs: bool = True
+) -> float:
     """Of the teacher's forward and the student's forward and backward, for a token of a full sequence."""
-    return _forward(teacher, teacher.shape, sequence_length) + (4 if recompute else 3) * _forward(
-        teacher, student, sequence_length
-    )
+    asked = _forward(teacher, teacher.shape, sequence_length) if teacher_runs else 0.0
+    return asked + (4 if recompute else 3) * _forward(teacher, student, sequence_length)
 
 
 def _forward(info: ModelInfo, shape: Shape, sequence_length: int) -> float:

@@ -34,6 +34,7 @@ class Layout:
     compute_bytes: int = 2
     on_cpu: bool = False
     moment_bytes: int = MOMENT_BYTES  # of the optimizer, a parameter
+    teacher_runs: bool = True  # else it is cached, or the student's own earlier word
 
 
 def saved_bytes(
@@ -72,7 +73,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     """
     ranks, item = layout.num_ranks, layout.compute_bytes
     whole, layer, root = _split(teacher, student)
-    teacher_whole, teacher_layer, teacher_root = _split(teacher, teacher.shape)
+    teacher_whole, teacher_layer, teacher_root = _split(teacher, teacher.shape) if layout.teacher_runs else (0, 0, 0)
     tokens = layout.micro_batch_size * layout.sequence_length
     vocabulary, hidden = student.vocab_size, student.hidden_size
     dtype = torch.float32 if item == 4 else torch.bfloat16

@@ -28,8 +28,9 @@ from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
 from compress.parallel import available_bytes, resolve_dtype
 from compress.phases import num_tokens, phase_settings
 from compress.progress import about
-from compress.settings import CompressConfig, ComputeDtype, Optimizer
+from compress.settings import CacheKind, CompressConfig, ComputeDtype, Optimizer, TeacherMode
 from compress.shapes import enumerate_shapes
+from compress.signals import Form
 from compress.targets import budget, cut_info, given_shape, grid_of
 
 HEADROOM = 0.9  # of a GPU's memory that a step may take: the rest is the allocator's, the kernels' and the driver's
@@ -95,6 +96,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
             )
     longest = max(phase["sequence_length"] for phase in phases)
     layout = Layout(
+        teacher_runs=config.teacher.mode is TeacherMode.online,
         num_ranks=max(1, num_gpus),
         micro_batch_size=config.distill.micro_batch_size,
         sequence_length=longest,
@@ -112,7 +114,10 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
     beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
     memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
     recompute, tokens = config.distill.recompute, num_tokens(config)
-    work = sum(p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute) for p in phases)
+    work = sum(
+        p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute, layout.teacher_runs)
+        for p in phases
+    )
     flops = work / tokens
     made = Plan(
         teacher, student, layout, memory, limit, flops, flops * tokens / _speed(config, num_gpus),
@@ -174,8 +179,14 @@ def _disk(config: CompressConfig, teacher: ModelInfo, student: Shape) -> dict[st
     state = MASTER_BYTES + _moment_bytes(config) + (MASTER_BYTES if config.distill.ema_decay is not None else 0)
     kept = config.distill.keep_checkpoints + config.distill.keep_best
     checkpoints = (kept + 1) * count * state
+    cached = {}
+    if config.teacher.mode is TeacherMode.cached:
+        held = config.cache.k if config.cache.kind is CacheKind.top_k else config.cache.num_samples
+        form = Form(config.cache.kind.value, held, teacher.shape.vocab_size)
+        cached = {"the cached teacher, at most": int(num_tokens(config)) * form.max_bytes}
     return {
         "tokens, at most those to train on": int(num_tokens(config)) * TOKEN_BYTES,
+        **cached,
         "the untrained student and the export": 2 * item * count,
         f"checkpoints, {kept} and the one being written": checkpoints,
     }

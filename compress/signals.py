@@ -66,6 +66,12 @@ class Form:
     def id_bits(self) -> int:
         return max(1, (self.vocab_size - 1).bit_length())
 
+    @property
+    def max_bytes(self) -> int:
+        """Of a token, when no two draws are the same: entropy, counts or probabilities, ids."""
+        beside = 8 * 4 * self.size if self.kind == "top_k" else self.size - 1
+        return 4 + -(-(beside + self.size * self.id_bits) // 8)
+
 
 @dataclass(frozen=True)
 class Said:

@@ -123,7 +123,7 @@ def settings_of(node: type = CompressConfig, prefix: str = "") -> Iterator[str]:
 def test_every_setting_is_in_a_fingerprint_or_among_those_that_change_no_result() -> None:
     read = {key for entry in STAGES.values() for key in entry.reads}
     by_content = {"teacher.path", "teacher.revision", "teacher.trust_remote_code", "architecture.table"}
-    outside = {*OUTSIDE, *by_content, "name", "run_dir", "cache_dir", "stage", "until", "rounds", "round"}
+    outside = {*OUTSIDE, *by_content, "name", "run_dir", "cache_dir", "stage", "until", "rounds", "round", "siblings"}
     for key in settings_of():
         inside = key in read or key.split(".")[0] in read
         assert inside != (key in outside), f"{key} must be in one of StageEntry.reads, or in OUTSIDE here"

@@ -207,3 +207,17 @@ def test_the_8b_recipes_are_within_ten_per_cent_of_torchs_own_tracker(recipe: st
     found = json.loads(done.stdout.splitlines()[-1])
     planned_bytes = sum(size for part, size in found["parts"].items() if part != "moment")
     assert planned_bytes == pytest.approx(found["measured_bytes"], rel=0.1)
+
+
+def test_a_teacher_that_is_not_asked_costs_no_memory_and_no_work(tmp_path: Path) -> None:
+    """From a cache, whose disk is counted instead; by the student's own earlier word, which needs neither."""
+    terms = "distill.objectives=[{},{objective: cross_entropy}]"
+
+    def made(*settings: str) -> plan.Plan:
+        return plan.make_plan(load_config("recipe=tiny", "stage=plan", terms, "distill.micro_batch_size=1", *settings))
+
+    online, cached, itself = (made(f"teacher.mode={mode}") for mode in ("online", "cached", "previous_self"))
+    for other in (cached, itself):
+        assert other.flops_per_token < online.flops_per_token
+        assert all(not size for parts in other.memory.values() for name, size in parts.items() if "teacher: w" in name)
+    assert [sum("cached" in name for name in one.disk) for one in (online, cached, itself)] == [0, 1, 0]
