@@ -178,6 +178,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_VD = _plus_product(grad_VD, gradient_CV, student_ND[start : start + own])
             if grad_V is not None:
                 grad_V += gradient_CV.sum(0, dtype=dtype)
+            del student_CV, gradient_CV  # before the next chunk's take their place
         if need_weight:
             grad_VD = torch.zeros_like(weight_VD) if grad_VD is None else grad_VD.to(weight_VD.dtype)
         ctx.grads = grad_ND, grad_VD, None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
