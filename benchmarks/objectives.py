@@ -10,7 +10,8 @@ script can be stopped at any time; results/objectives.json has one row an object
 `--table` prints the table of docs/objectives.md from it.
 
 The rows `random weights` and `cross-entropy only` are the baselines of Minitron (arXiv 2407.14679, section 4.3): the
-same shape distilled from nothing, and the pruned student trained on the text alone, both at equal tokens.
+same shape distilled from nothing, and the pruned student trained on the text alone, both at equal tokens; `previous
+self` is DynSDPB's kind of training, to be compared with the latter.
 """
 
 from __future__ import annotations
@@ -48,8 +49,23 @@ CONTENDERS: dict[str, list[str]] = {
     "uncertainty_kl": ["distill.objectives=[{objective: uncertainty_kl}]"],
     "forward_kl + span_relation": ["distill.objectives=[{}, {objective: span_relation, weight: 10}]"],
     "forward_kl + 0.3 cross_entropy": ["distill.objectives=[{}, {objective: cross_entropy, weight: 0.3}]"],
+    "forward_kl + hidden_cosine": ["distill.objectives=[{}, {objective: hidden_cosine, layers: [[-3, -3]]}]"],
+    "forward_kl + minilm": [
+        "distill.objectives=[{}, {objective: minilm_attention, weight: 0.1}, {objective: minilm_value, weight: 0.1}]"
+    ],
+    "forward_kl, cached, 12 samples": ["teacher.mode=cached"],
     "label_smoothing": ["distill.objectives=[{objective: label_smoothing}]"],
     "cross-entropy only": ["distill.objectives=[{objective: cross_entropy}]"],
+    "previous self, DLB": [
+        "teacher.mode=previous_self",
+        "distill.micro_batch_size=1",
+        "distill.objectives=[{objective: cross_entropy}, {temperature: 3, squared: true}]",
+    ],
+    "previous self, dynamic": [
+        "teacher.mode=previous_self",
+        "distill.micro_batch_size=1",
+        "distill.objectives=[{objective: cross_entropy}, {objective: dynamic_kl}]",
+    ],
     "random weights": ["distill.init_from=RANDOM"],
 }
 

@@ -39,7 +39,7 @@ REPORT = "report.json"
 
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError before any long work when the teacher has no k tokens to keep. Reads no weights."""
-    _form(config)
+    form_of(config)
 
 
 def check(config: CompressConfig, run_dir: Path) -> None:
@@ -53,7 +53,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     Raises ConfigError for a step without loss tokens or a k above the vocabulary, NumericalError, naming sequence and
     token, where the teacher's logits aren't finite.
     """
-    form = _form(config)
+    form = form_of(config)
     check_training_data(config, run_dir)
     data = TokenSet.open(run_dir / "tokens" / "train")
     folder, made_from = run_dir / "cache", cached_from(config, run_dir)
@@ -140,7 +140,7 @@ def _report(folder: Path, form: Form, num_sequences: int, names: list[str]) -> N
              f"{int(count):,}", size / 1e6, report["bytes_per_token"], report["mean_distinct_ids"], held)  # fmt: skip
 
 
-def _form(config: CompressConfig) -> Form:
+def form_of(config: CompressConfig) -> Form:
     """How tokens are kept. Raises ConfigError for a k above the teacher's vocabulary."""
     settings, teacher = config.cache, teacher_of(config)
     vocab_size = read_model(teacher, config.teacher.trust_remote_code).shape.vocab_size

@@ -203,7 +203,9 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         if parts.previous is not None:
             parts.previous.begin(window, step.num_repeated)
         keep = None if parts.previous is None else said
-        found = accumulate_gradients(parts.student, parts.teacher, window, terms, keep=keep)
+        found = accumulate_gradients(
+            parts.student, parts.teacher, window, terms, keep=keep, whole_window=config.teacher.whole_window
+        )
         if parts.previous is not None:
             parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))
         loss = found.loss

@@ -30,6 +30,7 @@ from compress import (
     search,
     selftest,
     steptest,
+    teacher_choice,
     tokenize,
 )
 from compress.artifacts import (
@@ -153,6 +154,8 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = _run_dir(config)
+    if config.teacher.mode is TeacherMode.auto:
+        config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:
         _print(status(config))
         return
@@ -208,6 +211,24 @@ def run(config: CompressConfig) -> None:
     if Stage.evaluate in chosen or Stage.export in chosen:
         pruned = student_of(config, run_dir)
         print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
+
+
+def _with_teacher_mode(config: CompressConfig, run_dir: Path) -> CompressConfig:
+    """teacher.mode=auto decided, once and for all of the run, as soon as its text is tokenized."""
+    online = teacher_choice.with_mode(config, TeacherMode.online)
+    path = run_dir / teacher_choice.FILE
+    if not path.exists():
+        if config.stage is Stage.all:
+            run(dataclasses.replace(online, stage=Stage.tokenize, until=None))
+        if config.stage not in (Stage.all, Stage.cache, Stage.distill) or not (run_dir / "tokens" / MANIFEST).exists():
+            return online
+        made = teacher_choice.choose(online, run_dir)
+        log.info("teacher.mode=auto: %s, since %s", made["mode"], made["why"])
+        write_json(path, made)
+    mode = read_json(path, "delete it, and it is measured again").get("mode")
+    if mode not in ("online", "cached"):
+        raise ArtifactError(f"{path} says mode={mode!r}, which is neither online nor cached; delete it")
+    return teacher_choice.with_mode(config, TeacherMode(mode))
 
 
 def _run_rounds(config: CompressConfig) -> None:

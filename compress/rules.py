@@ -240,6 +240,8 @@ def _check_siblings(config: CompressConfig) -> None:
             f"stage={config.stage}: siblings run all their stages, those that are done skipped; leave it out, or stop "
             "after one with until="
         )
+    if config.teacher.mode is TeacherMode.auto:
+        raise ConfigError("teacher.mode=auto chooses for one student; set online or cached for siblings")
     names = [sibling.name for sibling in config.siblings]
     if len(set(names)) != len(names):
         raise ConfigError(f"siblings: the names {names} must differ; each has its own folder")

@@ -73,6 +73,7 @@ class TeacherMode(StrEnum):
 
     online = "online"  # its own forward at every step
     cached = "cached"  # what stage cache has kept of it
+    auto = "auto"  # online or cached, whichever takes less of the teacher's time on this machine
     previous_self = "previous_self"  # none: what the student itself said of the same text at the step before
 
 
@@ -152,6 +153,7 @@ class TeacherConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     mode: TeacherMode = TeacherMode.online
+    whole_window: bool = False  # online: asked about a whole global batch first, gathered once where it is sharded
 
 
 @dataclass

@@ -192,6 +192,7 @@ def accumulate_gradients(
     terms: Sequence[Term],
     ranks: Ranks = ALONE,
     keep: list[Tensor] | None = None,
+    whole_window: bool = False,
 ) -> StepLoss:
     """Forward and backward over one global batch, of which every rank is given its own micro-batches.
 
@@ -203,20 +204,24 @@ def accumulate_gradients(
     Args:
         terms: with the weights and temperatures of this step.
         keep: the final hidden states (N, D) of each micro-batch are appended to it, for `teacher.PreviousSelf`.
+        whole_window: the teacher answers everything before the student begins: a sharded one is gathered once for all
+            of it, at the price of as many final hidden states (N, E).
     """
     window = list(micro_batches)
     counts_K = _counts(window, teacher, terms, ranks)
     # FSDP2 averages gradients over the ranks, and the loss is a sum over them.
     scales = [t.factor * ranks.size / count if count else 0.0 for t, count in zip(terms, counts_K, strict=True)]
     sums_K = torch.zeros(len(terms), dtype=torch.float64)
-    teacher_seconds = 0.0
+    asked = time.perf_counter()
+    signals = [teacher.signal(batch) for batch in window] if whole_window else None
+    teacher_seconds = time.perf_counter() - asked
     for index, batch in enumerate(window):
         last = index == len(window) - 1
         if hasattr(student, "set_requires_gradient_sync"):  # FSDP2: reduce once, after the last micro-batch
             student.set_requires_gradient_sync(last)  # type: ignore[operator]
             student.set_reshard_after_backward(last)  # type: ignore[operator]
         began = time.perf_counter()
-        signal = teacher.signal(batch)
+        signal = teacher.signal(batch) if signals is None else signals[index]
         teacher_seconds += time.perf_counter() - began
         said = [number for number, term in enumerate(terms) if signal is not None or _labels_only(term)]
         loss, sums, hidden_ND = student(batch, signal, [terms[n] for n in said], [scales[n] for n in said])

@@ -85,6 +85,7 @@ OUTSIDE = {
     "score.stream": "true",
     "cache.micro_batch_size": "2",
     "distill.micro_batch_size": "2",
+    "teacher.whole_window": "true",
     "distill.checkpoint_steps": "3",
     "distill.keep_checkpoints": "1",
     "distill.log_steps": "4",

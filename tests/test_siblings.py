@@ -77,6 +77,7 @@ def test_one_that_is_behind_catches_up(run: Run, tmp_path: Path) -> None:
         ((BOTH.replace("short", "tokens"),), "becomes a folder beside tokens"),
         ((BOTH, "prune.num_hidden_layers=2"), "give prune inside of siblings"),
         ((BOTH, "stage=distill"), "siblings run all their stages"),
+        ((BOTH, "teacher.mode=auto"), "set online or cached for siblings"),
         ((BOTH, "rounds=[{prune: {num_hidden_layers: 3}}]"), "can't be combined"),
         (("siblings=[{name: a, prune: {min_tokens_per_second: 5}}]",), "siblings: a: prune.min_tokens_per_second"),
     ],

@@ -139,6 +139,22 @@ def test_gradient_equals_the_textbook_on_a_plain_model() -> None:
         assert (gradients[f"model.{name}"] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
+def test_asking_the_teacher_about_everything_first_changes_nothing() -> None:
+    """Nor does what it holds: the gradient is bit for bit that of asking in between."""
+    batch, found = _batch(), []
+    for whole_window in (False, True):
+        student = StudentModule(_model(16, 2, seed=2, tied=True))
+        teacher = Teacher(_model(32, 3, seed=1, tied=True))
+        parts = [_part(batch, slice(i, i + 2)) for i in range(0, 8, 2)]
+        loss = accumulate_gradients(student, teacher, parts, TERMS, whole_window=whole_window)
+        found.append((loss.loss, [p.grad for p in student.parameters()]))
+    assert found[0][0] == found[1][0]
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
+
+
 def test_the_teacher_gets_no_gradient_and_no_state() -> None:
     student = StudentModule(_model(16, 2, seed=2, tied=True))
     teacher = Teacher(_model(32, 3, seed=1, tied=True))
