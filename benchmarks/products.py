@@ -34,7 +34,7 @@ from benchmarks.distill_step import prepare
 from benchmarks.trainers import LENGTH, SEQUENCES, rows_of, teacher_of
 
 
-def make_step(work: Path, steps: int, compiled: bool) -> Callable[[], None]:
+def make_step(work: Path, steps: int, compiled: bool, stack: contextlib.ExitStack) -> Callable[[], None]:
     """One whole step a call, each on the next rows."""
     import torch
 
@@ -46,7 +46,7 @@ def make_step(work: Path, steps: int, compiled: bool) -> Callable[[], None]:
     from compress.teacher import Teacher
     from compress.tokens import TokenBatch
 
-    mesh = contextlib.ExitStack().enter_context(single_process_mesh())  # until the process ends
+    mesh = stack.enter_context(single_process_mesh())
     teacher = Teacher(load_model(teacher_of(work), torch.bfloat16))
     model = load_model(work / "student", torch.float32)
     if compiled:
@@ -140,14 +140,16 @@ def main() -> None:
     teacher, student = AutoConfig.from_pretrained(teacher_of(work)), AutoConfig.from_pretrained(work / "student")
     counts = products(teacher, teacher.num_hidden_layers, backward=False)
     counts += products(student, student.num_hidden_layers, backward=True)
-    step, alone = make_step(work, options.rounds + 2, not options.eager), make_products(counts)
-    for _ in range(2):
-        step()
-        alone()
     seconds: dict[str, list[float]] = {"step": [], "products": []}
-    for _ in range(options.rounds):
-        seconds["step"].append(timed(step))
-        seconds["products"].append(timed(alone))
+    with contextlib.ExitStack() as stack:
+        step = make_step(work, options.rounds + 2, not options.eager, stack)
+        alone = make_products(counts)
+        for _ in range(2):
+            step()
+            alone()
+        for _ in range(options.rounds):
+            seconds["step"].append(timed(step))
+            seconds["products"].append(timed(alone))
     ratio = spread([ours / whole for ours, whole in zip(seconds["products"], seconds["step"], strict=True)])
     linear_flop = sum(2 * m * k * n * count for (kind, m, k, n), count in counts.items() if kind != "attention")
     write_result(options.output, {
