@@ -54,7 +54,12 @@ def write_scores(variant: str, folder: Path, teacher: Path | None) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "size"),
-    [("llama", 2), pytest.param("llama", 3, marks=pytest.mark.slow), ("gemma2", 2), ("mixtral", 3)],
+    [
+        ("llama", 2),
+        pytest.param("llama", 3, marks=pytest.mark.slow),
+        ("gemma2", 2),
+        pytest.param("mixtral", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_scores_are_the_same_on_any_number_of_ranks(variant: str, size: int, tmp_path: Path) -> None:
     teacher = save_model(tmp_path / "teacher", make_model(variant)) if variant == "llama" else None
@@ -104,9 +109,10 @@ def test_torchrun_scores_and_one_process_goes_on(run: Run, cache: Path, tmp_path
     [
         (("stage=distill",), "WORLD_SIZE=2: stage=distill runs in one process in this version, only stage=score in"),
         (("stage=score", "score.num_sequences=4"), "WORLD_SIZE=2: score.num_sequences=4 in micro-batches of "),
-        (
+        pytest.param(
             ("stage=score", "score.depth=[kl_greedy]", "score.depth_sequences=4"),
             "WORLD_SIZE=2: score.depth_seq",
+            marks=pytest.mark.slow,
         ),
     ],
 )
