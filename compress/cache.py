@@ -67,12 +67,13 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     todo = [n for n, name in enumerate(names) if (shard_facts(folder / name) or {}).get("made_by") != made_by[n]]
     if len(todo) < len(parts):
         log.info("cache: going on after %d of %d shards", len(parts) - len(todo), len(parts))
-    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code)
+    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code).eval() if todo else None
     size = config.cache.micro_batch_size
     work = [(n, parts[n][begin : begin + size]) for n in todo for begin in range(0, len(parts[n]), size)]
     steps = track(work, "cache", unit="tok", amount=lambda item: len(item[1]) * data.sequence_length)
     for number, group in itertools.groupby(steps, key=operator.itemgetter(0)):
-        said = _asked(model.eval(), data, (indices for _, indices in group), form, config.seed)
+        assert model is not None
+        said = _asked(model, data, (indices for _, indices in group), form, config.seed)
         _write(folder / names[number], parts[number], said, form, made_by[number])
     for stale in set(folder.glob("shard-*.safetensors")) - {folder / name for name in names}:
         stale.unlink()

@@ -58,6 +58,9 @@ def save(
             raise next(iter(error.failures.values()))[0] from error
         write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
     there = steps(folder)
+    for later in (known for known in there if known > step):  # a resume passed over them: damaged, or taken back
+        shutil.rmtree(folder / f"step_{later:08d}")
+    there = [known for known in there if known <= step]
     measured = [known for known in there if known in (figures or {})]
     best = min(measured, key=lambda known: ((figures or {})[known], known)) if measured else None
     for old in there[:-keep]:

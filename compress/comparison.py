@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compress.models import OutputHead, logits_of
 from compress.objectives.chunked import DenseSignal
+from compress.objectives.terms import times_log_ratio
 
 CHUNK_TOKENS = 256
 
@@ -20,7 +21,7 @@ def compare(hidden_ND: Tensor, head: OutputHead, signal: DenseSignal, labels_N: 
     for chunk in (slice(start, start + CHUNK_TOKENS) for start in range(0, len(labels_N), CHUNK_TOKENS)):
         log_p_CV = torch.log_softmax(logits_of(signal.hidden_NE[chunk], signal.head).float(), -1)
         log_q_CV = torch.log_softmax(logits_of(hidden_ND[chunk], head).float(), -1)
-        sums[0] += (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(dtype=torch.float64).cpu()
+        sums[0] += times_log_ratio(log_p_CV.exp(), log_p_CV, log_q_CV).sum(dtype=torch.float64).cpu()
         sums[1] -= log_q_CV.gather(1, labels_N[chunk, None]).sum(dtype=torch.float64).cpu()
         sums[2] += (log_p_CV.argmax(-1) == log_q_CV.argmax(-1)).sum().cpu()
     return sums

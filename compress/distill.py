@@ -86,9 +86,12 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
                 try:
                     if progress.step > behind or next(steps, None) is not None:
                         left.append((progress, steps))
-                except Interrupted as error:  # the others' steps are saved too
+                except Interrupted as error:
                     interrupted = error
             if interrupted is not None:
+                for _, steps in left:  # these have done theirs: one more, and it is saved
+                    with contextlib.suppress(Interrupted):
+                        next(steps, None)
                 raise interrupted
             if isinstance(shared, OncePerBatch):
                 shared.forget()
@@ -265,7 +268,8 @@ def _refuse_teacher(teacher: TeacherSource, window: Sequence[TokenBatch], indice
         assert isinstance(signal, DenseSignal)
         rows, tokens = batch.loss_mask.nonzero(as_tuple=True)
         for place, hidden_E in enumerate(signal.hidden_NE):
-            if not bool(logits_of(hidden_E[None], signal.head).isfinite().all()):
+            logits_1V = logits_of(hidden_E[None], signal.head)
+            if bool((logits_1V.isnan() | (logits_1V == math.inf)).any()):  # a banned token's -inf is sound
                 raise NumericalError(
                     f"the teacher's logits are not finite at token {int(tokens[place])} of training sequence "
                     f"{int(indices[number * size + int(rows[place])])}; nothing was updated. Look at the teacher's "
@@ -324,7 +328,7 @@ def _steps(config: CompressConfig, data: TokenSet, optimizer: LocalOptimizer, pr
         while progress.step < phase.end:
             within, batch = progress.step - phase.first_step, phase.global_batch_size
             if config.teacher.mode is TeacherMode.previous_self:
-                repeated, fresh = overlapping(within, batch // 2)
+                repeated, fresh = overlapping(within, phase.draws_per_step)
                 yield _Step(phase, pieces, order.indices(repeated.start, fresh.stop), len(repeated))
             else:
                 yield _Step(phase, pieces, order.indices(within * batch, (within + 1) * batch))

@@ -153,6 +153,8 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
         settings = {key: _look_up(plain, key) for key in reads}
         if stage is Stage.distill:
             settings |= _phases_read(config)
+        if stage is Stage.cache:
+            settings |= _draws_read(config)
         upstream = {
             before.value: result[before]["fingerprint"] for before in entry.after if before not in left_out(config)
         }
@@ -175,15 +177,23 @@ def _phases_read(config: CompressConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _draws_read(config: CompressConfig) -> dict[str, Any]:
+    """What of each phase decides which sequences are drawn."""
+    wanted = ("num_tokens", "global_batch_size", "sequence_length", "weights")
+    phases = [{key: phase[key] for key in wanted} for phase in phase_settings(config)]
+    return {"distill.phases": {str(number): phase for number, phase in enumerate(phases, start=1)}}
+
+
 def _earlier(expected: dict[Stage, dict[str, Any]], stage: Stage) -> set[str]:
     """The stage's fingerprints before phases were appended: with only the first of them, the first two, ..."""
     found = set()
     phases = expected[Stage.distill]["settings"]["distill.phases"]
     for count in range(1, len(phases)):
         changed: dict[str, str] = {}
-        for later in (Stage.distill, Stage.export, Stage.evaluate):
+        for later in (Stage.cache, Stage.distill, Stage.export, Stage.evaluate):
             facts = {key: value for key, value in expected[later].items() if key != "fingerprint"}
-            if later is Stage.distill:
+            if later in (Stage.cache, Stage.distill):
+                phases = facts["settings"]["distill.phases"]
                 some = {number: phase for number, phase in phases.items() if int(number) <= count}
                 facts["settings"] = {**facts["settings"], "distill.phases": some}
             facts["upstream"] = {**facts["upstream"], **{k: v for k, v in changed.items() if k in facts["upstream"]}}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from compress.settings import CompressConfig, PhaseConfig
+from compress.settings import CompressConfig, PhaseConfig, TeacherMode
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Phase:
     sequence_length: int
     pieces: int  # that a packed row is cut into
     global_batch_size: int
+    draws_per_step: int  # sequences that weren't in the step before; half of the batch when a model teaches itself
     learning_rate: float
     muon_learning_rate: float
     weights: list[float] | None
@@ -75,7 +76,8 @@ def phases_of(config: CompressConfig, shortened: Mapping[int, int] | None = None
         planned = int(one.pop("num_tokens")) // (batch * length)
         steps = (shortened or {}).get(number, planned)
         pieces = config.data.sequence_length // length
-        found.append(Phase(number, step, steps, tokens, pieces=pieces, **one))
+        draws = batch // 2 if config.teacher.mode is TeacherMode.previous_self else batch
+        found.append(Phase(number, step, steps, tokens, pieces=pieces, draws_per_step=draws, **one))
         step, tokens = found[-1].end, found[-1].tokens_after(found[-1].end)
     return found
 

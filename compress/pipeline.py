@@ -47,7 +47,7 @@ from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, refuse_several_ranks
 from compress.progress import about
-from compress.rules import round_config, sibling_config
+from compress.rules import check, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
 from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
@@ -144,7 +144,12 @@ def _with_teacher_mode(config: CompressConfig, run_dir: Path) -> CompressConfig:
     mode = read_json(path, "delete it, and it is measured again").get("mode")
     if mode not in ("online", "cached"):
         raise ArtifactError(f"{path} says mode={mode!r}, which is neither online nor cached; delete it")
-    return teacher_choice.with_mode(config, TeacherMode(mode))
+    chosen = teacher_choice.with_mode(config, TeacherMode(mode))
+    try:
+        check(chosen)
+    except ConfigError as error:
+        raise ConfigError(f"{path} has chosen teacher.mode={mode} for this run, but {error}") from error
+    return chosen
 
 
 def _run_rounds(config: CompressConfig) -> None:
@@ -191,6 +196,8 @@ def _run_siblings(config: CompressConfig) -> None:
     first = run_dir_of(members[0])
     for one in members:
         for shared in ("tokens", "score") if one is not members[0] else ():
+            if shared == "score" and _fingerprint(one, Stage.score) != _fingerprint(members[0], Stage.score):
+                continue  # how far removals were measured is its own
             _link(run_dir_of(one) / shared, first / shared)
         log.info("sibling %s", run_dir_of(one).name)
         run(dataclasses.replace(one, until=before))
@@ -199,18 +206,24 @@ def _run_siblings(config: CompressConfig) -> None:
     with contextlib.ExitStack() as stack:
         training = []
         for one in members:
+            if one is not members[0]:
+                _link(run_dir_of(one) / "cache", run_dir_of(members[0]) / "cache")
             everything = expectations(one)
-            for stage in (Stage.cache, Stage.distill):
-                if stage in left_out(one) or is_done(one, stage, everything):
-                    continue
-                if stage is Stage.cache:
-                    run_stage(one, run_dir_of(one), stage, everything)
-                elif stack.enter_context(books(one, run_dir_of(one), stage, everything)):
-                    training.append((one, run_dir_of(one)))
+            if Stage.cache not in left_out(one) and not is_done(one, Stage.cache, everything):
+                run_stage(one, run_dir_of(one), Stage.cache, everything)
+            if config.until is Stage.cache or is_done(one, Stage.distill, everything):
+                continue
+            if stack.enter_context(books(one, run_dir_of(one), Stage.distill, everything)):
+                training.append((one, run_dir_of(one)))
         if training:
             distill.run_together(training)
-    for one in members:
+    for one in members if config.until is not Stage.cache else ():
         run(one)
+
+
+def _fingerprint(config: CompressConfig, stage: Stage) -> str:
+    found: str = expectations(config)[stage]["fingerprint"]
+    return found
 
 
 def _link(link: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ from compress.settings import (
     BUDGET,
     CacheKind,
     CompressConfig,
+    Curve,
     PhaseConfig,
     PruneConfig,
     SourceConfig,
@@ -333,6 +334,9 @@ def _check_objectives(config: CompressConfig) -> None:
             value = getattr(term, key)
             if value is not None and not _positive(value):
                 raise ConfigError(f"{here}.{key}={value} must be a positive number")
+        if term.curve is Curve.constant and (term.weight_end is not None or term.temperature_end is not None):
+            raise ConfigError(f"{here}.curve=constant never reaches weight_end or temperature_end; take linear, cosine "
+                              "or wsd, or leave them null")  # fmt: skip
         _check_options(here, term, OBJECTIVES[term.objective])
         low, high = term.lower_quantile or 0.0, 1.0 if term.upper_quantile is None else term.upper_quantile
         if low >= high:

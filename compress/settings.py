@@ -129,7 +129,7 @@ class TermConfig:
 
     objective: ObjectiveName = ObjectiveName.forward_kl
     weight: float = 1.0
-    weight_end: float | None = None  # at the last step; none = as at the first
+    weight_end: float | None = None  # at the phase's last step; none = as at the first
     temperature: float = 1.0
     temperature_end: float | None = None
     curve: Curve = Curve.linear  # from first to last

@@ -302,7 +302,7 @@ class SignalCache:
             torch.cat([getattr(row, name) for row in rows]).to(batch.input_ids.device)
             for name in ("ids_NK", "probabilities_NK", "entropy_N")
         )
-        return SparseSignal(self.form.kind, ids_NK, probabilities_NK, entropy_N)
+        return SparseSignal(self.form.kind, ids_NK, probabilities_NK, entropy_N, self.form.vocab_size)
 
     def _said(self, key: bytes, num_tokens: int) -> Said:
         place = int(np.searchsorted(self._keys, np.array(key, dtype=self._keys.dtype)))

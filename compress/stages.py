@@ -72,8 +72,8 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.cache: StageEntry(
         cache.run,
         (Stage.tokenize,),
-        ("seed", "compute_dtype", "data.train[*].weight", "distill.num_tokens", "distill.phases",
-         "distill.global_batch_size", "cache.kind", "cache.num_samples", "cache.k", "cache.sequences_per_shard"),
+        ("seed", "compute_dtype", "distill.phases", "cache.kind", "cache.num_samples", "cache.k",
+         "cache.sequences_per_shard"),
         lambda _: "cache",
     ),
     Stage.distill: StageEntry(

@@ -23,7 +23,7 @@ from compress.comparison import compare
 from compress.families import family_of_config
 from compress.models import OutputHead, output_head
 from compress.objectives import distillation_loss
-from compress.objectives.chunked import DenseSignal, Signal, Targets, chunked_loss
+from compress.objectives.chunked import DenseSignal, Signal, SparseSignal, Targets, chunked_loss
 from compress.objectives.hidden import Inside
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
@@ -149,6 +149,8 @@ class StudentModule(nn.Module):
         if isinstance(signal, DenseSignal):
             head, theirs = without_padding(head, signal.head)
             signal = replace(signal, head=theirs)
+        elif isinstance(signal, SparseSignal) and signal.vocab_size is not None:
+            head = head.rows(min(len(head.weight_VD), signal.vocab_size))
         began = time.perf_counter()
         result = chunked_loss(hidden_ND, head, signal, targets, terms, scales)
         self.head_seconds += time.perf_counter() - began
@@ -226,7 +228,7 @@ def accumulate_gradients(
         said = [number for number, term in enumerate(terms) if signal is not None or _labels_only(term)]
         loss, sums, hidden_ND = student(batch, signal, [terms[n] for n in said], [scales[n] for n in said])
         loss.backward()
-        sums_K = sums_K.index_add(0, torch.tensor(said), sums.to("cpu", torch.float64))
+        sums_K = sums_K.index_add(0, torch.tensor(said, dtype=torch.int64), sums.to("cpu", torch.float64))
         if keep is not None:
             keep.append(hidden_ND)
     [sums_K] = ranks.sums([sums_K])

@@ -33,6 +33,7 @@ def choose(config: CompressConfig, run_dir: Path) -> dict[str, Any]:
     cached = with_mode(config, TeacherMode.cached)
     try:
         check(cached)
+        form = form_of(cached)
     except ConfigError as error:
         return {"mode": "online", "why": f"a cache can't serve it: {error}"}
     drawn = drawn_sequences(config, run_dir)
@@ -45,7 +46,7 @@ def choose(config: CompressConfig, run_dir: Path) -> dict[str, Any]:
             **facts,
         }
     data = TokenSet.open(run_dir / "tokens" / "train")
-    bytes_needed = int(data.loss_tokens[drawn].sum()) * form_of(cached).max_bytes
+    bytes_needed = int(data.loss_tokens[drawn].sum()) * form.max_bytes
     free = free_disk_bytes(run_dir)
     if bytes_needed > free:
         why = f"a cache may take {bytes_needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"

@@ -34,7 +34,7 @@ def phase_orders(config: CompressConfig, data: TokenSet, phases: Sequence[Phase]
     """The order of each phase, each going on where the one before ended: no sequence comes twice in an epoch."""
     found: list[SequenceOrder] = []
     for phase in phases:
-        draws = phase.num_steps * phase.global_batch_size
+        draws = phase.num_steps * phase.draws_per_step
         before = found[-1] if found else None
         found.append(SequenceOrder(data.source_sizes, phase.weights, draws, config.seed, before, phase.pieces))
     return found
@@ -44,7 +44,7 @@ def phase_data(data: TokenSet, phase: Phase, order: SequenceOrder) -> TokenSet:
     """The training tokens in the phase's sequence length. Raises ConfigError for a step without loss tokens."""
     found = data.cut(phase.sequence_length)
     what = "distill" if phase.number == 1 else f"distill phase {phase.number}"
-    refuse_empty_windows(found, order, phase.num_steps, phase.global_batch_size, what)
+    refuse_empty_windows(found, order, phase.num_steps, phase.draws_per_step, what)
     return found
 
 

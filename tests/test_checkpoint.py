@@ -138,3 +138,11 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     files = sorted(f.suffix for f in (tmp_path / "step_00000001").iterdir())
     assert files == [".json", ".safetensors"]
+
+
+def test_what_a_resume_passed_over_goes_and_what_was_just_saved_stays(tmp_path: Path) -> None:
+    """Step 32 is damaged and 16 the best: training goes on from 16, and its next save is kept, with keep=1 too."""
+    _save(tmp_path, 16)
+    _save(tmp_path, 32)
+    checkpoint.save(tmp_path, 20, _state(20.0), {}, 1, {16: 0.5, 32: 0.7, 20: 0.6})
+    assert checkpoint.steps(tmp_path) == [16, 20]

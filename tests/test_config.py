@@ -288,6 +288,7 @@ def test_what_is_no_size_is_refused(written: str) -> None:
         ("[{objective: forward_ql}]", "must be one of forward_kl, reverse_kl"),
         ("[{wieght: 1}]", "no such key"),
         ("[{curve: wave}]", "must be one of constant, linear, cosine, wsd"),
+        ("[{weight_end: 0.5, curve: constant}]", "curve=constant never reaches weight_end"),
     ],
 )
 def test_terms_of_the_loss_are_checked(terms: str, expected: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.comparison import compare
 from compress.config import load_config
 from compress.errors import ConfigError
 from compress.models import OutputHead
@@ -381,3 +382,16 @@ def test_config_refuses_exactly_what_the_table_calls_no(name: str) -> None:
         expectation = contextlib.nullcontext() if table[column] else pytest.raises(ConfigError)
         with expectation:
             load_config("recipe=tiny", "distill.micro_batch_size=1", terms, *chosen)
+
+
+def test_a_banned_token_is_measured_as_it_is_trained() -> None:
+    """A teacher's logit of -inf: validation's KL is the objective's, and a number."""
+    torch.manual_seed(3)
+    teacher, student = torch.randn(5, 30), torch.randn(5, 30)
+    teacher[:, 4] = -torch.inf
+    head = OutputHead(torch.eye(30))
+    banned = OutputHead(torch.eye(30), bias_V=torch.zeros(30).index_fill_(0, torch.tensor([4]), -torch.inf))
+    signal = DenseSignal(torch.where(teacher.isinf(), 0.0, teacher), banned)
+    kl, _, _ = compare(student, head, signal, torch.zeros(5, dtype=torch.int64)).tolist()
+    targets = Targets(torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.bool))
+    assert kl == pytest.approx(chunked_loss(student, head, signal, targets, [Term("forward_kl")])[0].item(), rel=1e-5)

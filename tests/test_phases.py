@@ -253,3 +253,16 @@ def test_muon_follows_a_phases_rate() -> None:
     config = load_config("recipe=tiny", "distill.learning_rate=1e-3", "distill.muon_learning_rate=0.02",
                          phases("{}", "{learning_rate: 5e-4}"))  # fmt: skip
     assert [phase["muon_learning_rate"] for phase in phase_settings(config)] == [0.02, 0.01]
+
+
+def test_phases_appended_to_a_cached_run_extend_its_cache(run: Run, tmp_path: Path) -> None:
+    """Whole shards are kept, and the end is that of a run that had the phase from the start."""
+    cached = ("teacher.mode=cached", "cache.sequences_per_shard=4", "distill.num_tokens=2048", *SETTINGS)
+    again = "{num_tokens: 1024, learning_rate: 1e-3}"
+    run(f"run_dir={tmp_path / 'later'}", *cached)
+    first = (tmp_path / "later" / "cache" / "shard-00000.safetensors").stat().st_mtime_ns
+    run(f"run_dir={tmp_path / 'later'}", phases("{}", again), *cached)
+    assert (tmp_path / "later" / "cache" / "shard-00000.safetensors").stat().st_mtime_ns == first
+    run(f"run_dir={tmp_path / 'start'}", phases("{}", again), *cached)
+    ours, theirs = (tmp_path / name / "export" / "model.safetensors" for name in ("later", "start"))
+    assert ours.read_bytes() == theirs.read_bytes()

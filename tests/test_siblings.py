@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from conftest import Run
 from safetensors.torch import load_file
 
-from compress.errors import ConfigError
+from compress import checkpoint, distill
+from compress.errors import ConfigError, Interrupted
 from compress.teacher import Teacher
 
 BOTH = "siblings=[{name: wide, prune: {intermediate_size: 64}}, {name: short, prune: {num_hidden_layers: 3}}]"
@@ -85,3 +87,44 @@ def test_one_that_is_behind_catches_up(run: Run, tmp_path: Path) -> None:
 def test_what_siblings_cannot_be_is_refused(run: Run, settings: tuple[str, ...], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         run(*NONE, *settings)
+
+
+def test_a_signal_saves_all_of_them(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised while the second one steps: the first, which has done its step, is saved too, and both go on exactly."""
+    settings = (*NONE, BOTH)
+    run(f"run_dir={tmp_path / 'whole'}", *settings)
+    steps: list[int] = []
+    right = distill.accumulate_gradients
+
+    def stepping(*arguments: object, **options: object) -> object:
+        steps.append(1)
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(distill, "accumulate_gradients", stepping)
+    with pytest.raises(Interrupted):
+        run(f"run_dir={tmp_path / 'cut'}", *settings)
+    monkeypatch.undo()
+    kept = {name: checkpoint.steps(tmp_path / "cut" / name / "distill" / "checkpoints") for name in ALONE}
+    assert all(kept.values()), kept
+    run(f"run_dir={tmp_path / 'cut'}", *settings)
+    for name in ALONE:
+        ours, theirs = _weights(tmp_path / "cut" / name), _weights(tmp_path / "whole" / name)
+        assert all((ours[key] == theirs[key]).all() for key in theirs), name
+
+
+def test_one_cache_serves_all_and_nothing_after_until_runs(run: Run, tmp_path: Path) -> None:
+    run(f"run_dir={tmp_path / 'both'}", *NONE, BOTH, "teacher.mode=cached", "until=cache")
+    for name in ALONE:
+        assert (tmp_path / "both" / name / "cache" / "manifest.json").exists()
+        assert not (tmp_path / "both" / name / "distill").exists()
+    assert (tmp_path / "both" / "short" / "cache").is_symlink()
+
+
+def test_measured_removals_are_each_ones_own(run: Run, tmp_path: Path) -> None:
+    """How far a measured depth criterion goes is in the scores' fingerprint."""
+    deep = "siblings=[{name: a, prune: {num_hidden_layers: 3}}, {name: b, prune: {num_hidden_layers: 2}}]"
+    run(f"run_dir={tmp_path / 'both'}", *NONE, deep, "score.depth=[kl]", "until=prune")
+    assert not (tmp_path / "both" / "b" / "score").is_symlink()
+    assert (tmp_path / "both" / "b" / "tokens").is_symlink()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.objectives.chunked import SparseSignal
 from compress.objectives.terms import Term
 from compress.parallel import launched, shard, single_process_mesh
 from compress.step import StudentModule, accumulate_gradients
@@ -192,3 +193,21 @@ def test_rows_of_padding_count_for_nothing(ours: int, theirs: int) -> None:
         assert not gradient[rows:].any() or "layers" in name, name
         part = gradient if "layers" in name else gradient[:rows]
         torch.testing.assert_close(part, expected[name])
+
+
+def test_a_cached_teacher_s_vocabulary_bounds_the_student_s() -> None:
+    """Rows of padding that only the student has count for nothing, for the text's own labels too."""
+    batch, rows = _batch(), int(SIZES["vocab_size"])
+    count = int(batch.loss_mask.sum())
+    ids_NK = torch.randint(rows, (count, 3), generator=torch.Generator().manual_seed(0))
+    signal = SparseSignal("sample", ids_NK, torch.full((count, 3), 1 / 3), torch.ones(count), rows)
+    terms, found = [Term("forward_kl"), Term("cross_entropy")], []
+    for more in (0, 4):
+        student = StudentModule(_padded(_model(16, 2, seed=2, tied=False), more))
+        loss, sums, _ = student(batch, signal, terms, [1.0, 1.0])
+        found.append(sums)
+        loss.backward()
+        gradient = student.model.lm_head.weight.grad
+        assert gradient is not None
+        assert not gradient[rows:].any()
+    torch.testing.assert_close(found[0], found[1])

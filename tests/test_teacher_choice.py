@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.teacher_choice import seconds_of
 
 AGAIN = ("distill.num_tokens=65536", "data.train=[{path: 'embedded:tiny-chat'}]")  # the same text several times
@@ -63,3 +63,10 @@ def test_a_choice_that_is_none_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run" / "teacher_mode.json").write_text('{"mode": "wish"}')
     with pytest.raises(ArtifactError, match="says mode='wish', which is neither online nor cached"):
         run("teacher.mode=auto")
+
+
+def test_a_choice_does_not_outlive_the_settings_it_was_made_for(run: Run, tmp_path: Path) -> None:
+    run("until=tokenize")
+    (tmp_path / "run" / "teacher_mode.json").write_text('{"mode": "cached"}')
+    with pytest.raises(ConfigError, match=r"has chosen teacher.mode=cached for this run, but distill.objectives\[0\]"):
+        run("teacher.mode=auto", "distill.objectives=[{objective: reverse_kl}]")

@@ -40,12 +40,16 @@ class DenseSignal:
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """What a cache holds of N loss tokens: see `terms.SparseRows`. kind: "sample" (unbiased) or "top_k"."""
+    """What a cache holds of N loss tokens: see `terms.SparseRows`. kind: "sample" (unbiased) or "top_k".
+
+    vocab_size: rows of the teacher's head; None: as many as the student's.
+    """
 
     kind: str
     ids_NK: Tensor
     probabilities_NK: Tensor
     entropy_N: Tensor
+    vocab_size: int | None = None
 
 
 Signal = DenseSignal | SparseSignal | None

@@ -65,7 +65,7 @@ def total_variation(rows: Rows, _term: Term) -> Result:
 def adaptive_kl(rows: Rows, term: Term) -> Result:
     """Forward and reverse KL, weighted by how far p and q are apart in p's head and in its tail.
 
-    The head is the fewest of p's largest tokens that hold head_mass of it, always one at least; the weights carry no
+    The head is as many of p's largest tokens as hold at most head_mass of it, one at least; the weights carry no
     gradient (Wu et al., arXiv 2404.02657, section 4).
     """
     sorted_RV, order_RV = rows.p_RV.sort(dim=-1, descending=True, stable=True)
