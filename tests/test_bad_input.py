@@ -573,6 +573,7 @@ def same_model(one: Path, two: Path) -> bool:
     return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     spawn: Spawn, run: Run, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ def write_scores(variant: str, folder: Path, teacher: Path | None) -> None:
     [
         ("llama", 2),
         pytest.param("llama", 3, marks=pytest.mark.slow),
-        ("gemma2", 2),
+        pytest.param("gemma2", 2, marks=pytest.mark.slow),
         pytest.param("mixtral", 3, marks=pytest.mark.slow),
     ],
 )
@@ -108,7 +108,11 @@ def test_torchrun_scores_and_one_process_goes_on(run: Run, cache: Path, tmp_path
     ("settings", "said"),
     [
         (("stage=distill",), "WORLD_SIZE=2: stage=distill runs in one process in this version, only stage=score in"),
-        (("stage=score", "score.num_sequences=4"), "WORLD_SIZE=2: score.num_sequences=4 in micro-batches of "),
+        pytest.param(
+            ("stage=score", "score.num_sequences=4"),
+            "WORLD_SIZE=2: score.num_sequences=4 in micro-batches of ",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("stage=score", "score.depth=[kl_greedy]", "score.depth_sequences=4"),
             "WORLD_SIZE=2: score.depth_seq",
