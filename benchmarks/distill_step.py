@@ -27,6 +27,7 @@ orientation on a machine that others use: `--threads 1` compares them without th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -72,45 +73,51 @@ ALLOCATED_BYTES = 2 * 134_515_008 + 12 * 99_114_048
 # ---- in a worker's process --------------------------------------------------------------------------------------
 
 
-def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
+def make_step(work: Path, compiled: bool, stack: contextlib.ExitStack) -> Callable[[Any], float]:
+    """The distill stage's step on token ids (B, T), a document each; returns the loss. Until the stack is closed."""
     import torch
 
     from compress.models import load_model
     from compress.objectives.terms import Term
-    from compress.optimizer import LocalOptimizer
     from compress.parallel import compile_layers, shard, single_process_mesh
+    from compress.settings import DistillConfig
     from compress.step import StudentModule, accumulate_gradients
     from compress.teacher import Teacher
     from compress.tokens import TokenBatch
+    from compress.training import optimizer_of
+
+    mesh = stack.enter_context(single_process_mesh())
+    teacher = Teacher(load_model(teacher_of(work), torch.bfloat16))
+    model = load_model(work / "student", torch.float32)
+    if compiled:
+        compile_layers(teacher.model)
+        compile_layers(model)
+    student = StudentModule(model).train()
+    shard(student, model.model.layers, mesh, torch.bfloat16)
+    optimizer = optimizer_of(student, DistillConfig(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1]))
+
+    def step(ids_BT: Any) -> float:
+        loss_mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        loss_mask_BT[:, -1] = False
+        positions_BT = torch.arange(LENGTH).expand_as(ids_BT)
+        batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, torch.ones_like(loss_mask_BT))
+        loss = accumulate_gradients(student, teacher, [batch], [Term("forward_kl")]).loss
+        optimizer.step(1.0, 1.0)
+        return loss
+
+    return step
+
+
+def _ours(work: Path, steps: int, compiled: bool = True) -> Recorder:
+    import compress.training  # noqa: F401  # what the imports take isn't the step's
 
     rows = rows_of(work, steps)
     recorder = Recorder()
-    with single_process_mesh() as mesh:
-        teacher = Teacher(load_model(teacher_of(work), torch.bfloat16))
-        model = load_model(work / "student", torch.float32)
-        if compiled:
-            compile_layers(teacher.model)
-            compile_layers(model)
-        student = StudentModule(model).train()
-        shard(student, model.model.layers, mesh, torch.bfloat16)
-        optimizer = LocalOptimizer(
-            student.named_parameters(),
-            muon=False,
-            learning_rate=LEARNING_RATE,
-            muon_learning_rate=0.01,
-            betas=BETAS,
-            epsilon=1e-8,
-            weight_decay=0.0,
-        )
+    with contextlib.ExitStack() as stack:
+        step = make_step(work, compiled, stack)
         recorder.begin()
         for ids_BT in rows:
-            loss_mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-            loss_mask_BT[:, -1] = False
-            positions_BT = torch.arange(LENGTH).expand_as(ids_BT)
-            batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, torch.ones_like(loss_mask_BT))
-            loss = accumulate_gradients(student, teacher, [batch], [Term("forward_kl")]).loss
-            optimizer.step(1.0, 1.0)
-            recorder.losses.append(loss)
+            recorder.losses.append(step(ids_BT))
             recorder.step()
     return recorder
 

@@ -77,11 +77,12 @@ def real(name: str) -> dict[str, Any]:
 
     from compress.memory import Layout
     from compress.objectives.terms import Term
-    from compress.optimizer import LocalOptimizer
     from compress.parallel import shard, single_process_mesh
+    from compress.settings import DistillConfig
     from compress.step import StudentModule, accumulate_gradients
     from compress.teacher import Teacher
     from compress.tokens import TokenBatch
+    from compress.training import optimizer_of
 
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config_of((64, 128, 1, 8, 4), 128))  # imports the family
@@ -92,10 +93,7 @@ def real(name: str) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config_of(student_sizes, VOCABULARY), dtype=torch.float32)
         module = StudentModule(model).train()
         shard(module, model.model.layers, mesh, torch.bfloat16)
-        optimizer = LocalOptimizer(
-            module.named_parameters(), muon=False, learning_rate=1e-4, muon_learning_rate=0.01, betas=(0.9, 0.95),
-            epsilon=1e-8, weight_decay=0.0,
-        )  # fmt: skip
+        optimizer = optimizer_of(module, DistillConfig(learning_rate=1e-4))
         every_BT = torch.ones(BATCH, LENGTH, dtype=torch.bool)
         loss_mask_BT = every_BT.clone()
         loss_mask_BT[:, -1] = False

@@ -30,46 +30,8 @@ from benchmarks.common import (
     start_as_the_makefile_does,
     write_result,
 )
-from benchmarks.distill_step import prepare
+from benchmarks.distill_step import make_step, prepare
 from benchmarks.trainers import LENGTH, SEQUENCES, rows_of, teacher_of
-
-
-def make_step(work: Path, steps: int, compiled: bool, stack: contextlib.ExitStack) -> Callable[[], None]:
-    """One whole step a call, each on the next rows."""
-    import torch
-
-    from compress.models import load_model
-    from compress.objectives.terms import Term
-    from compress.optimizer import LocalOptimizer
-    from compress.parallel import compile_layers, shard, single_process_mesh
-    from compress.step import StudentModule, accumulate_gradients
-    from compress.teacher import Teacher
-    from compress.tokens import TokenBatch
-
-    mesh = stack.enter_context(single_process_mesh())
-    teacher = Teacher(load_model(teacher_of(work), torch.bfloat16))
-    model = load_model(work / "student", torch.float32)
-    if compiled:
-        compile_layers(teacher.model)
-        compile_layers(model)
-    student = StudentModule(model).train()
-    shard(student, model.model.layers, mesh, torch.bfloat16)
-    optimizer = LocalOptimizer(
-        student.named_parameters(), muon=False, learning_rate=1e-4, muon_learning_rate=0.01, betas=(0.9, 0.95),
-        epsilon=1e-8, weight_decay=0.0,
-    )  # fmt: skip
-    rows = iter(rows_of(work, steps))
-
-    def step() -> None:
-        ids_BT = next(rows)
-        loss_mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        loss_mask_BT[:, -1] = False
-        positions_BT = torch.arange(LENGTH).expand_as(ids_BT)
-        batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, torch.ones_like(loss_mask_BT))
-        accumulate_gradients(student, teacher, [batch], [Term("forward_kl")])
-        optimizer.step(1.0, 1.0)
-
-    return step
 
 
 def products(config: Any, layers: int, backward: bool) -> Counter[tuple[str, int, int, int]]:
@@ -142,7 +104,11 @@ def main() -> None:
     counts += products(student, student.num_hidden_layers, backward=True)
     seconds: dict[str, list[float]] = {"step": [], "products": []}
     with contextlib.ExitStack() as stack:
-        step = make_step(work, options.rounds + 2, not options.eager, stack)
+        train, rows = make_step(work, not options.eager, stack), iter(rows_of(work, options.rounds + 2))
+
+        def step() -> None:
+            train(next(rows))
+
         alone = make_products(counts)
         for _ in range(2):
             step()

@@ -62,7 +62,6 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
     from compress.parallel import Ranks, shard
     from compress.step import StudentModule, accumulate_gradients
     from compress.teacher import Teacher
-    from compress.tokens import TokenBatch
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -73,11 +72,7 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
         for micro in (m for m in (1, 2, 4, 8) if m <= share):
             teacher, student = Teacher(model_of(96, 3, seed=1)), StudentModule(model_of(64, 2, seed=2))
             shard(student, student.model.model.layers, init_device_mesh("cpu", (size,)), torch.float32)
-            names = ("input_ids", "position_ids", "loss_mask", "valid_mask")
-            parts = [
-                TokenBatch(*(getattr(whole, name)[start : start + micro] for name in names))
-                for start in range(rank * share, (rank + 1) * share, micro)
-            ]
+            parts = [whole.rows(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)]
             accumulate_gradients(student, teacher, parts, terms, Ranks(rank, size))
             gradients = {name: p.grad.full_tensor().clone() for name, p in student.named_parameters()}  # type: ignore[union-attr]
             if rank == 0:

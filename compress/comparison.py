@@ -21,7 +21,12 @@ def compare(hidden_ND: Tensor, head: OutputHead, signal: DenseSignal, labels_N: 
     for chunk in (slice(start, start + CHUNK_TOKENS) for start in range(0, len(labels_N), CHUNK_TOKENS)):
         log_p_CV = torch.log_softmax(logits_of(signal.hidden_NE[chunk], signal.head).float(), -1)
         log_q_CV = torch.log_softmax(logits_of(hidden_ND[chunk], head).float(), -1)
-        sums[0] += times_log_ratio(log_p_CV.exp(), log_p_CV, log_q_CV).sum(dtype=torch.float64).cpu()
-        sums[1] -= log_q_CV.gather(1, labels_N[chunk, None]).sum(dtype=torch.float64).cpu()
-        sums[2] += (log_p_CV.argmax(-1) == log_q_CV.argmax(-1)).sum().cpu()
+        sums += compare_chunk(log_p_CV.exp(), log_p_CV, log_q_CV, labels_N[chunk])
     return sums
+
+
+def compare_chunk(p_CV: Tensor, log_p_CV: Tensor, log_q_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """What `compare` says, of a chunk whose log-probabilities are there."""
+    kl = times_log_ratio(p_CV, log_p_CV, log_q_CV).sum(dtype=torch.float64)
+    loss = -log_q_CV.gather(1, labels_C[:, None]).sum(dtype=torch.float64)
+    return torch.stack([kl, loss, (log_p_CV.argmax(-1) == log_q_CV.argmax(-1)).sum()]).cpu()

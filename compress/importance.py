@@ -26,35 +26,11 @@ from compress.families import Family, Shape, family_of_config
 from compress.kernels import compiled
 from compress.models import decoder_layers
 from compress.parallel import ALONE, Ranks
-from compress.reductions import BLOCKED, Reductions
+from compress.reductions import BLOCKED, Reductions, Running, column_norms
 from compress.scores import Importance, Widths, by_block_influence
 from compress.step import trunk
 from compress.streaming import LayerStream, Progress, sweep
 from compress.tokens import TokenBatch
-
-
-class _Running:
-    """Mean and sum of squared deviations over sequences, merged batch by batch (Chan et al.); float64, a few kB."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean_X: Tensor = torch.zeros((), dtype=torch.float64)
-        self.deviation_X: Tensor = torch.zeros((), dtype=torch.float64)
-
-    def merge(self, count: int, mean_X: Tensor, deviation_X: Tensor) -> None:
-        total = self.count + count
-        shift_X = mean_X - self.mean_X
-        self.deviation_X = self.deviation_X + deviation_X + shift_X.square() * (self.count * count / total)
-        self.mean_X = self.mean_X + shift_X * (count / total)
-        self.count = total
-
-    def result(self, aggregation: str) -> Tensor:
-        """Over the values of all sequences, which are never negative, so that mean |s| is their mean."""
-        if aggregation == "mean":
-            return self.mean_X
-        if aggregation == "l2":
-            return (self.deviation_X + self.count * self.mean_X.square()).sqrt()
-        return self.deviation_X / self.count
 
 
 class Listener:
@@ -71,9 +47,9 @@ class Listener:
         self.where = taps(family)
         self.reductions = reductions
         self.aggregations = aggregations
-        self.scores: dict[tuple[str, str], _Running] = {}  # (module, aggregation over the sequence); after combine()
+        self.scores: dict[tuple[str, str], Running] = {}  # (module, aggregation over the sequence); after combine()
         # By what a batch said (keys and their sizes).
-        self.running: dict[tuple[tuple[tuple[str, str], int], ...], _Running] = {}
+        self.running: dict[tuple[tuple[tuple[str, str], int], ...], Running] = {}
         self.routed_norm: dict[str, Tensor] = {}  # module of the experts -> (E,) sum of output norms
         self.routed_count: dict[str, Tensor] = {}
         self.angles = [0.0] * num_layers
@@ -139,19 +115,19 @@ class Listener:
             return
         values_BX = self.heard_BX[: self.num_heard, : self.end_heard]
         mean_X = values_BX.mean(0)
-        running = self.running.setdefault(tuple(self.heard), _Running())
+        running = self.running.setdefault(tuple(self.heard), Running())
         running.merge(self.num_heard, mean_X, values_BX.sub_(mean_X).square_().sum(0))
         self.heard, self.end_heard = [], 0
 
-    def _split(self) -> dict[tuple[str, str], _Running]:
+    def _split(self) -> dict[tuple[str, str], Running]:
         """Module and aggregation over the sequence -> what was heard there."""
         self._settle()
-        scores: dict[tuple[str, str], _Running] = {}
+        scores: dict[tuple[str, str], Running] = {}
         for sizes, running in self.running.items():
             widths = [size for _, size in sizes]
             parts = zip(sizes, running.mean_X.split(widths), running.deviation_X.split(widths), strict=True)
             for (key, _), mean_X, deviation_X in parts:
-                scores.setdefault(key, _Running()).merge(running.count, mean_X, deviation_X)
+                scores.setdefault(key, Running()).merge(running.count, mean_X, deviation_X)
         self.running = {}
         return scores
 
@@ -217,7 +193,7 @@ class Listener:
         running = [self.scores[key] for key in keys]
         heard = ranks.gather([t for r in running for t in (torch.tensor(r.count), r.mean_X, r.deviation_X)])
         for place, key in enumerate(keys):
-            merged = _Running()
+            merged = Running()
             for found in heard:
                 count, mean_X, deviation_X = found[3 * place : 3 * place + 3]
                 merged.merge(int(count), mean_X, deviation_X)
@@ -392,21 +368,13 @@ def reader_norms(layer: nn.Module, where: Taps) -> dict[str, Tensor]:
         if pattern is not None:
             name = pattern.partition(".layers.*.")[2]
             weight: Tensor = layer.get_submodule(name).weight  # type: ignore[assignment]
-            found[name] = _column_norms(weight.detach())
+            found[name] = column_norms(weight.detach())
     experts = experts_of(layer)
     if experts is not None:
         for expert in range(experts.num_experts):
             down = experts.down_proj[expert].detach()
-            found[f"experts.{expert}"] = _column_norms(down.T if experts.is_transposed else down)
+            found[f"experts.{expert}"] = column_norms(down.T if experts.is_transposed else down)
     return found
-
-
-def _column_norms(weight_DX: Tensor) -> Tensor:
-    """In float64, some rows at a time: whole copies would be the largest thing in a small model's memory."""
-    squares_X = torch.zeros(weight_DX.shape[1], dtype=torch.float64)
-    for rows_RX in weight_DX.split(64):
-        squares_X += rows_RX.double().square().sum(0).cpu()
-    return squares_X.sqrt_()
 
 
 @torch.no_grad()

@@ -8,25 +8,16 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from compress.comparison import CHUNK_TOKENS, compare_chunk
 from compress.errors import NumericalError
-from compress.models import common_vocabulary, logits_of, output_head
+from compress.models import OutputHead, logits_of, output_head, without_padding
 from compress.step import trunk
 from compress.tokens import TokenBatch
-
-CHUNK_TOKENS = 256
-
-
-@dataclass
-class _Sums:
-    loss: float = 0.0
-    kl: float = 0.0
-    agreement: float = 0.0
 
 
 @torch.inference_mode()
@@ -40,8 +31,8 @@ def language_modelling(
     the teacher runs once; logits exist for 256 tokens at a time and their softmax is in float32. Raises NumericalError
     for a model whose loss isn't finite, or when there is no token.
     """
-    sums = {name: _Sums() for name in models}
-    rows = common_vocabulary(list(models.values()))
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    heads = dict(zip(models, without_padding(*map(output_head, models.values())), strict=True))
     count = 0
     for batch in batches:
         mask = batch.loss_mask
@@ -50,20 +41,16 @@ def language_modelling(
         count += len(label_N)
         for start in range(0, len(label_N), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            log_p_CV = _log_probabilities(models[teacher], hidden[teacher][chunk], rows)
-            p_CV, best_C = log_p_CV.exp(), log_p_CV.argmax(-1)
-            for name, model in models.items():
-                log_q_CV = log_p_CV if name == teacher else _log_probabilities(model, hidden[name][chunk], rows)
-                into = sums[name]
-                into.loss -= log_q_CV.gather(1, label_N[chunk, None]).sum(dtype=torch.float64).item()
-                if name != teacher:  # against itself it is 0 and 1
-                    into.kl += (p_CV * (log_p_CV - log_q_CV)).sum(dtype=torch.float64).item()
-                into.agreement += (log_q_CV.argmax(-1) == best_C).sum().item()
+            log_p_CV = _log_probabilities(hidden[teacher][chunk], heads[teacher])
+            p_CV = log_p_CV.exp()
+            for name in models:
+                log_q_CV = log_p_CV if name == teacher else _log_probabilities(hidden[name][chunk], heads[name])
+                sums[name] += compare_chunk(p_CV, log_p_CV, log_q_CV, label_N[chunk])
     if count == 0:
         raise NumericalError("there is no loss token to evaluate on; give the validation set more text")
     result = {}
     for name, total in sums.items():
-        loss = total.loss / count
+        kl, loss, agreement = (total / count).tolist()
         if not math.isfinite(loss):
             raise NumericalError(
                 f"the loss of {name} on the validation text is {loss}; set compute_dtype=float32, and if that doesn't "
@@ -72,15 +59,15 @@ def language_modelling(
         result[name] = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "kl_to_teacher": total.kl / count,
-            "top1_agreement": total.agreement / count,
+            "kl_to_teacher": kl,
+            "top1_agreement": agreement,
             "num_tokens": count,
         }
     return result
 
 
-def _log_probabilities(model: PreTrainedModel, hidden_CD: Tensor, rows: int) -> Tensor:
-    return torch.log_softmax(logits_of(hidden_CD, output_head(model).rows(rows)).float(), -1)
+def _log_probabilities(hidden_CD: Tensor, head: OutputHead) -> Tensor:
+    return torch.log_softmax(logits_of(hidden_CD, head).float(), -1)
 
 
 @torch.inference_mode()

@@ -46,6 +46,12 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(linear.weight, None if cap is None else float(cap), linear.bias, scale)
 
 
+def without_padding(*heads: OutputHead) -> list[OutputHead]:
+    """The heads' common rows: ids that one of them lacks are no tokens, as `check_vocabulary` proves."""
+    rows = min(len(head.weight_VD) for head in heads)
+    return [head.rows(rows) for head in heads]
+
+
 def soft_cap_(logits: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(logits / cap), in place; the logits themselves where there is no cap."""
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
@@ -172,14 +178,6 @@ def _loaded(file: Path, make: Callable[[], Any]) -> Any:
         raise ArtifactError(
             f"{file}: transformers refuses it ({_reason(error)}); correct it, or fetch it again"
         ) from error
-
-
-def common_vocabulary(models: Sequence[PreTrainedModel]) -> int:
-    """How many ids all models' heads have: the rest of a larger one is padding, as 152,064 rows of 151,936.
-
-    That no token has an id beyond is `check_vocabulary`'s to prove.
-    """
-    return min(int(model.config.vocab_size) for model in models)
 
 
 def check_vocabulary(teacher: Path, student: Path, trust_remote_code: bool = False) -> None:

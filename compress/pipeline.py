@@ -116,10 +116,13 @@ def run(config: CompressConfig) -> None:
     if todo:
         estimated = estimate_seconds(config, todo)
         log.info("will run %s: about %s in all, into %s", ", ".join(todo), about(sum(estimated.values())), run_dir)
+    if Stage.tokenize in todo:
+        run_stage(config, run_dir, Stage.tokenize, expected)
+    if Stage.distill in todo:
+        check_training_data(config, run_dir)  # refuses data that can't be trained on before the scoring
     for stage in todo:
-        if stage is not Stage.tokenize and Stage.distill in todo[todo.index(stage) :]:
-            check_training_data(config, run_dir)  # refuses data that can't be trained on before the scoring
-        run_stage(config, run_dir, stage, expected)
+        if stage is not Stage.tokenize:
+            run_stage(config, run_dir, stage, expected)
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
     elif chosen[-1] is Stage.prune:
@@ -193,37 +196,32 @@ def _run_siblings(config: CompressConfig) -> None:
         return
     order = [Stage.tokenize, Stage.score, Stage.search, Stage.prune]
     before = config.until if config.until in order else Stage.prune
-    first = run_dir_of(members[0])
-    for one in members:
-        for shared in ("tokens", "score") if one is not members[0] else ():
-            if shared == "score" and _fingerprint(one, Stage.score) != _fingerprint(members[0], Stage.score):
-                continue  # how far removals were measured is its own
-            _link(run_dir_of(one) / shared, first / shared)
-        log.info("sibling %s", run_dir_of(one).name)
+    planned = [(one, run_dir_of(one), expectations(one)) for one in members]
+    _, first, scored = planned[0]
+    for one, run_dir, expected in planned:
+        if run_dir != first:
+            _link(run_dir / "tokens", first / "tokens")
+            if expected[Stage.score]["fingerprint"] == scored[Stage.score]["fingerprint"]:
+                _link(run_dir / "score", first / "score")  # else how far removals were measured is its own
+        log.info("sibling %s", run_dir.name)
         run(dataclasses.replace(one, until=before))
     if config.until in order:
         return
     with contextlib.ExitStack() as stack:
         training = []
-        for one in members:
-            if one is not members[0]:
-                _link(run_dir_of(one) / "cache", run_dir_of(members[0]) / "cache")
-            everything = expectations(one)
-            if Stage.cache not in left_out(one) and not is_done(one, Stage.cache, everything):
-                run_stage(one, run_dir_of(one), Stage.cache, everything)
-            if config.until is Stage.cache or is_done(one, Stage.distill, everything):
+        for one, run_dir, expected in planned:
+            if run_dir != first:
+                _link(run_dir / "cache", first / "cache")
+            if Stage.cache not in left_out(one) and not is_done(one, Stage.cache, expected):
+                run_stage(one, run_dir, Stage.cache, expected)
+            if config.until is Stage.cache or is_done(one, Stage.distill, expected):
                 continue
-            if stack.enter_context(books(one, run_dir_of(one), Stage.distill, everything)):
-                training.append((one, run_dir_of(one)))
+            if stack.enter_context(books(one, run_dir, Stage.distill, expected)):
+                training.append((one, run_dir))
         if training:
             distill.run_together(training)
     for one in members if config.until is not Stage.cache else ():
         run(one)
-
-
-def _fingerprint(config: CompressConfig, stage: Stage) -> str:
-    found: str = expectations(config)[stage]["fingerprint"]
-    return found
 
 
 def _link(link: Path, target: Path) -> None:

@@ -94,3 +94,35 @@ def angle_sum(one_N: Tensor, other_N: Tensor, between_N: Tensor) -> Tensor:
 
 
 BLOCKED = Reductions(aggregate_sequence, angles)
+
+
+class Running:
+    """Mean and sum of squared deviations over sequences, merged batch by batch (Chan et al.); float64, a few kB."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_X: Tensor = torch.zeros((), dtype=torch.float64)
+        self.deviation_X: Tensor = torch.zeros((), dtype=torch.float64)
+
+    def merge(self, count: int, mean_X: Tensor, deviation_X: Tensor) -> None:
+        total = self.count + count
+        shift_X = mean_X - self.mean_X
+        self.deviation_X = self.deviation_X + deviation_X + shift_X.square() * (self.count * count / total)
+        self.mean_X = self.mean_X + shift_X * (count / total)
+        self.count = total
+
+    def result(self, aggregation: str) -> Tensor:
+        """Over the values of all sequences, which are never negative, so that mean |s| is their mean."""
+        if aggregation == "mean":
+            return self.mean_X
+        if aggregation == "l2":
+            return (self.deviation_X + self.count * self.mean_X.square()).sqrt()
+        return self.deviation_X / self.count
+
+
+def column_norms(weight_DX: Tensor) -> Tensor:
+    """In float64, some rows at a time: whole copies would be the largest thing in a small model's memory."""
+    squares_X = torch.zeros(weight_DX.shape[1], dtype=torch.float64)
+    for rows_RX in weight_DX.split(64):
+        squares_X += rows_RX.double().square().sum(0).cpu()
+    return squares_X.sqrt_()

@@ -21,7 +21,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from compress.capture import listening, recording
 from compress.comparison import compare
 from compress.families import family_of_config
-from compress.models import OutputHead, output_head
+from compress.models import OutputHead, output_head, without_padding
 from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Signal, SparseSignal, Targets, chunked_loss
 from compress.objectives.hidden import Inside
@@ -87,12 +87,6 @@ def divergence(model: PreTrainedModel, batch: TokenBatch, signal: DenseSignal) -
     return distillation_loss(hidden_ND, student, signal.hidden_NE, teacher)
 
 
-def without_padding(student: OutputHead, teacher: OutputHead) -> tuple[OutputHead, OutputHead]:
-    """The heads' common rows: ids that one of them lacks are no tokens (`models.check_vocabulary`)."""
-    rows = min(len(student.weight_VD), len(teacher.weight_VD))
-    return student.rows(rows), teacher.rows(rows)
-
-
 def targets_of(batch: TokenBatch, pairs: bool = False) -> Targets:
     """The next tokens at the loss tokens of a micro-batch and, where asked for, which of them are neighbours."""
     mask_BT = batch.loss_mask
@@ -123,7 +117,7 @@ class StudentModule(nn.Module):
         with recording(self.model, listening(terms, to_teacher=False), batch.loss_mask) as recorded:
             hidden_ND = trunk(self.model, batch)[batch.loss_mask]
         of_logits = [n for n, term in enumerate(terms) if not needs_hidden_states([term])]
-        if of_logits or not terms:
+        if of_logits:
             chosen = [terms[n] for n in of_logits], [scales[n] for n in of_logits]
             loss, sums = self._of_logits(batch, hidden_ND, signal, *chosen)
         else:  # the final states go into the loss all the same: every unit of FSDP2 must meet its backward
@@ -210,7 +204,7 @@ def accumulate_gradients(
             of it, at the price of as many final hidden states (N, E).
     """
     window = list(micro_batches)
-    counts_K = _counts(window, teacher, terms, ranks)
+    counts_K, num_tokens = _counts(window, teacher, terms, ranks)
     # FSDP2 averages gradients over the ranks, and the loss is a sum over them.
     scales = [t.factor * ranks.size / count if count else 0.0 for t, count in zip(terms, counts_K, strict=True)]
     sums_K = torch.zeros(len(terms), dtype=torch.float64)
@@ -234,7 +228,6 @@ def accumulate_gradients(
     [sums_K] = ranks.sums([sums_K])
     means = [total / count if count else 0.0 for total, count in zip(sums_K.tolist(), counts_K, strict=True)]
     loss = sum(term.factor * mean for term, mean in zip(terms, means, strict=True))
-    num_tokens = int(_sum_over(ranks, sum(int(b.loss_mask.sum()) for b in window)))
     return StepLoss(loss, tuple(means), num_tokens, teacher_seconds)
 
 
@@ -242,20 +235,19 @@ def _labels_only(term: Term) -> bool:
     return OBJECTIVES[term.objective].labels_only
 
 
-def _counts(window: list[TokenBatch], teacher: TeacherSource, terms: Sequence[Term], ranks: Ranks) -> list[float]:
-    """Over what each term is a mean: the window's loss tokens, or pairs of them, where it says anything."""
-    counts_K = torch.zeros(len(terms), dtype=torch.float64)
+def _counts(
+    window: list[TokenBatch], teacher: TeacherSource, terms: Sequence[Term], ranks: Ranks
+) -> tuple[list[float], int]:
+    """Of every rank's window: over how many loss tokens, or pairs of them, each term is a mean, which are those that it
+    says something about; and all loss tokens."""
+    counts_K, num_tokens = torch.zeros(len(terms), dtype=torch.float64), 0
+    of_pairs = [OBJECTIVES[term.objective].pairs for term in terms]
     for batch in window:
-        answered = teacher.answers(batch)
+        tokens, answered = int(batch.loss_mask.sum()), teacher.answers(batch)
+        pairs = int(_paired(batch.loss_mask).sum()) if any(of_pairs) else 0
+        num_tokens += tokens
         for number, term in enumerate(terms):
             if answered or _labels_only(term):
-                pairs = OBJECTIVES[term.objective].pairs
-                counts_K[number] += int((_paired(batch.loss_mask) if pairs else batch.loss_mask).sum())
-    [counts_K] = ranks.sums([counts_K])
-    counts: list[float] = counts_K.tolist()
-    return counts
-
-
-def _sum_over(ranks: Ranks, value: float) -> float:
-    [total] = ranks.sums([torch.tensor([value], dtype=torch.float64)])
-    return float(total.item())
+                counts_K[number] += pairs if of_pairs[number] else tokens
+    counts_K, total = ranks.sums([counts_K, torch.tensor(num_tokens)])
+    return counts_K.tolist(), int(total)

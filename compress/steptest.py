@@ -26,10 +26,10 @@ from compress.models import (
     OutputHead,
     check_same_tokenizer,
     check_vocabulary,
-    common_vocabulary,
     decoder_layers,
     load_model,
     output_head,
+    without_padding,
 )
 from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Targets, chunked_loss
@@ -37,7 +37,7 @@ from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import Term
 from compress.selftest import logits
 from compress.settings import CompressConfig
-from compress.step import StudentModule, accumulate_gradients, targets_of, trunk, without_padding
+from compress.step import StudentModule, accumulate_gradients, targets_of, trunk
 from compress.teacher import Teacher
 from compress.tokens import TokenBatch, TokenSet
 from compress.training import terms_at
@@ -62,7 +62,7 @@ def run(config: CompressConfig, run_dir: Path) -> Table | None:
     check_vocabulary(teacher_path, student_path, trust)
     torch.manual_seed(config.seed)
     teacher, student = (load_model(path, torch.float32, trust).eval() for path in (teacher_path, student_path))
-    batch = own_text(run_dir, common_vocabulary([teacher, student]))
+    batch = own_text(run_dir, min(model.config.vocab_size for model in (teacher, student)))
     table = Table(title="a distillation step with these models", title_justify="left")
     for column in ("property", "error", "allowed", "holds"):
         table.add_column(column)
@@ -86,10 +86,9 @@ def properties(
     teacher: PreTrainedModel, student: PreTrainedModel, batch: TokenBatch, terms: Sequence[Term]
 ) -> Iterator[tuple[str, Measure]]:
     """Name and measure of each property of a step with these terms; models in float32."""
-    rows = common_vocabulary([teacher, student])
     source = Teacher(teacher, listening(terms, to_teacher=True))
     theirs = source.signal(batch).hidden_NE
-    head, teacher_head = output_head(student).rows(rows), output_head(teacher).rows(rows)
+    head, teacher_head = without_padding(output_head(student), output_head(teacher))
     with torch.no_grad():
         ours = trunk(student, batch)[batch.loss_mask]
     targets = targets_of(batch, pairs=True)
@@ -109,7 +108,7 @@ def properties(
         labels = batch.input_ids.clone()
         labels[:, 1:][~batch.loss_mask[:, :-1]] = -100
         labels[:, 0] = -100
-        mean = _cross_entropy_by_transformers(student, batch, labels, rows)
+        mean = _cross_entropy_by_transformers(student, batch, labels, len(head.weight_VD))
         loss, _ = chunked_loss(ours, _constant(head), None, targets, [Term("cross_entropy")])
         return abs(loss.item() / len(ours) / mean - 1), 1e-4
 
@@ -195,8 +194,7 @@ def _packing_error(model: PreTrainedModel, batch: TokenBatch) -> float:
     """The largest difference of a hidden state over their spread, of the first sequence's documents."""
     ids_T, positions_T = batch.input_ids[0], batch.position_ids[0]
     starts = [*(positions_T == 0).nonzero().squeeze(1).tolist(), len(ids_T)]
-    one = TokenBatch(*(getattr(batch, name)[:1] for name in ("input_ids", "position_ids", "loss_mask", "valid_mask")))
-    together_TD = trunk(model, one)[0]
+    together_TD = trunk(model, batch.rows(0, 1))[0]
     worst = 0.0
     for begin, end in itertools.pairwise(starts):
         positions = torch.arange(end - begin, device=ids_T.device)[None]
@@ -229,11 +227,7 @@ def _split_error(student: PreTrainedModel, teacher: Teacher, batch: TokenBatch, 
         widths = student.config.hidden_size, teacher.model.config.hidden_size
         module = StudentModule(student, make_projections(terms, *widths, seed=0))
         for size in (len(batch.input_ids), 1):
-            fields = ("input_ids", "position_ids", "loss_mask", "valid_mask")
-            parts = [
-                TokenBatch(*(getattr(batch, name)[i : i + size] for name in fields))
-                for i in range(0, len(batch.input_ids), size)
-            ]
+            parts = [batch.rows(start, start + size) for start in range(0, len(batch.input_ids), size)]
             accumulate_gradients(module, teacher, parts, terms)
             found.append([p.grad.clone() for p in parameters if p.grad is not None])
             student.zero_grad()

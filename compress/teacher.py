@@ -15,7 +15,7 @@ from compress.artifacts import fingerprint, open_tensors, save_tensors
 from compress.capture import Listening, recording
 from compress.models import OutputHead, output_head
 from compress.objectives.chunked import DenseSignal, SparseSignal
-from compress.signals import SignalCache
+from compress.signals import SignalCache, keys_of
 from compress.step import trunk
 from compress.tokens import TokenBatch
 
@@ -77,7 +77,7 @@ class RecordedTeacher(Teacher):
 
 
 def _key_of(batch: TokenBatch) -> str:
-    return fingerprint([getattr(batch, name).tolist() for name in ("input_ids", "position_ids", "loss_mask")])
+    return fingerprint([key.hex() for key in keys_of(batch)])
 
 
 class PreviousSelf:

@@ -48,6 +48,10 @@ class TokenBatch:
     loss_mask: Tensor  # bool [B, T]
     valid_mask: Tensor  # bool [B, T]
 
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """The sequences start, ..., stop - 1 alone."""
+        return TokenBatch(*(tensor[start:stop] for tensor in vars(self).values()))
+
 
 @dataclass
 class Rows:

@@ -155,7 +155,7 @@ def make_batch(sequences: int = 4, tokens: int = 20, seed: int = 0, padded: bool
 
 
 def rows(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-    return TokenBatch(*(tensor[start:stop] for tensor in vars(batch).values()))
+    return batch.rows(start, stop)
 
 
 @torch.no_grad()

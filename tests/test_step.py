@@ -43,7 +43,7 @@ def _batch() -> TokenBatch:
 
 
 def _part(batch: TokenBatch, rows: slice) -> TokenBatch:
-    return TokenBatch(*(getattr(batch, f)[rows] for f in ("input_ids", "position_ids", "loss_mask", "valid_mask")))
+    return batch.rows(rows.start, rows.stop)
 
 
 def _gradients(tied: bool, size: int, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:

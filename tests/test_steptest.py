@@ -59,7 +59,7 @@ def test_a_wrong_shift_a_wrong_count_and_a_wrong_gradient_are_found(
     monkeypatch.setattr(steptest, "targets_of", lambda batch, pairs: _shifted(right(batch, pairs)))
     assert "shift are transformers' own" in found()
     monkeypatch.undo()
-    monkeypatch.setattr(step, "_counts", lambda window, *_: [1.0 / len(window)])
+    monkeypatch.setattr(step, "_counts", lambda window, *_: ([1.0 / len(window)], 1))
     assert "the same for every split" in found()
     monkeypatch.undo()
     wrong = objectives.chunked.forward_kl_

@@ -51,6 +51,10 @@ class SparseSignal:
     entropy_N: Tensor
     vocab_size: int | None = None
 
+    def rows(self, chunk: slice) -> SparseSignal:
+        ids_NK, probabilities_NK = self.ids_NK[chunk], self.probabilities_NK[chunk]
+        return SparseSignal(self.kind, ids_NK, probabilities_NK, self.entropy_N[chunk], self.vocab_size)
+
 
 Signal = DenseSignal | SparseSignal | None
 
@@ -148,28 +152,23 @@ class _ChunkedLoss(torch.autograd.Function):
         simple = alone and isinstance(signal, DenseSignal)
         sampled = alone and isinstance(signal, SparseSignal) and signal.kind == "sample" and terms[0].temperature == 1
         carry_V: Tensor | None = None
-        need = any(ctx.needs_input_grad)
+        scale = scales[0] if any(ctx.needs_input_grad) else None  # of a loss of one term
+        paired = any(OBJECTIVES[term.objective].pairs for term in terms)
         for start in range(0, len(student_ND), size):
             own = min(size, len(student_ND) - start)
-            paired = any(OBJECTIVES[term.objective].pairs for term in terms)
             chunk = slice(start, min(start + own + paired, len(student_ND)))
             student_CV = logits_of(student_ND[chunk], head)
             slope_CV = None if head.softcap is None else 1 - (student_CV[:own] / head.softcap).square_()
-            part = Targets(targets.labels_N[chunk], targets.paired_N[chunk])
             teacher_CV = logits_of(signal.hidden_NE[chunk], signal.head) if isinstance(signal, DenseSignal) else None
-            if simple:
-                assert teacher_CV is not None
-                loss_C = forward_kl_(student_CV, teacher_CV, terms[0].temperature, scales[0] if need else None)
-                sums_K[0] += loss_C.sum()
+            sparse = signal.rows(chunk) if isinstance(signal, SparseSignal) else None
+            if simple and teacher_CV is not None:
+                sums_K[0] += forward_kl_(student_CV, teacher_CV, terms[0].temperature, scale).sum()
+            elif sampled and sparse is not None:
+                known = sparse.ids_NK, sparse.probabilities_NK, sparse.entropy_N
+                sums_K[0] += sampled_forward_kl_(student_CV, *known, scale).sum()
             else:
-                sparse = None
-                if isinstance(signal, SparseSignal):
-                    rows = (signal.ids_NK[chunk], signal.probabilities_NK[chunk], signal.entropy_N[chunk])
-                    sparse = SparseSignal(signal.kind, *rows)
-                if sampled:
-                    sums_K[0] += sampled_forward_kl_(student_CV, *rows, scales[0] if need else None).sum()
-                else:
-                    carry_V = _blockwise_(student_CV, teacher_CV, sparse, part, terms, scales, own, carry_V, sums_K)
+                part = Targets(targets.labels_N[chunk], targets.paired_N[chunk])
+                carry_V = _blockwise_(student_CV, teacher_CV, sparse, part, terms, scales, own, carry_V, sums_K)
             del teacher_CV
             gradient_CV = student_CV[:own]
             if slope_CV is not None:
