@@ -57,10 +57,13 @@ def soft_cap_(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-def logits_of(hidden_CD: Tensor, head: OutputHead) -> Tensor:
+def logits_of(hidden_CD: Tensor, head: OutputHead, out_CV: Tensor | None = None) -> Tensor:
     """(C, V): the head's product with its bias, scale and soft cap; no gradient flows through the last two."""
-    weight_VD = head.weight_VD
-    logits_CV = hidden_CD @ weight_VD.T if head.bias_V is None else torch.addmm(head.bias_V, hidden_CD, weight_VD.T)
+    weight_DV = head.weight_VD.T
+    if head.bias_V is None:
+        logits_CV = torch.mm(hidden_CD, weight_DV, out=out_CV)
+    else:
+        logits_CV = torch.addmm(head.bias_V, hidden_CD, weight_DV, out=out_CV)
     if head.scale != 1:
         logits_CV *= head.scale
     return soft_cap_(logits_CV, head.softcap)

@@ -1,7 +1,7 @@
 """Optimizers over local shards.
 
 AdamW is elementwise, so each rank steps the shard it owns as a plain tensor: no DTensor dispatch. Muon needs whole
-matrices and is therefore refused beyond one shard.
+matrices, each of which one rank puts together: `muon.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from compress.errors import ConfigError
+from compress.muon import Muon, group_of
 
 
 class LocalOptimizer:
@@ -20,10 +21,8 @@ class LocalOptimizer:
 
     Args:
         named_parameters: (name, DTensor or plain parameter), float32; the names key the state in checkpoints.
-        muon: train two-dimensional weights under `.layers.` by Muon (orthogonalised momentum, as in torch.optim.Muon).
-            Embedding, head, norms and biases always train by AdamW.
-
-    Raises ConfigError when Muon is asked for and a matrix is split over ranks.
+        muon: train two-dimensional weights under `.layers.` by Muon (orthogonalised momentum). Embedding, head, norms
+            and biases always train by AdamW.
     """
 
     def __init__(
@@ -39,9 +38,8 @@ class LocalOptimizer:
     ) -> None:
         self.parameters = dict(named_parameters)
         self.local = {name: nn.Parameter(local_part(p.detach())) for name, p in self.parameters.items()}
+        self._group = group_of(self.parameters.values())
         matrices = [n for n, p in self.parameters.items() if muon and p.ndim == 2 and ".layers." in n]
-        if any(self.local[n].shape != self.parameters[n].shape for n in matrices):
-            raise ConfigError("distill.optimizer=muon needs whole matrices on each rank; use adamw on several ranks")
         rest = [n for n in self.parameters if n not in set(matrices)]
         groups = [
             {"params": [self.local[n] for n in rest if self.parameters[n].ndim >= 2], "weight_decay": weight_decay},
@@ -50,9 +48,8 @@ class LocalOptimizer:
         adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
         self.optimizers: list[torch.optim.Optimizer] = [adamw]
         if matrices:
-            self.optimizers.append(
-                torch.optim.Muon([self.local[n] for n in matrices], lr=muon_learning_rate, weight_decay=weight_decay)
-            )
+            shards, wholes = ([parts[n] for n in matrices] for parts in (self.local, self.parameters))
+            self.optimizers.append(Muon(shards, wholes, muon_learning_rate, weight_decay))
         self.set_learning_rates(learning_rate, muon_learning_rate)
 
     def set_learning_rates(self, learning_rate: float, muon_learning_rate: float) -> None:
@@ -67,7 +64,7 @@ class LocalOptimizer:
         """
         for name, parameter in self.parameters.items():
             self.local[name].grad = None if parameter.grad is None else local_part(parameter.grad)
-        norm = nn.utils.get_total_norm([p.grad for p in self.local.values() if p.grad is not None])
+        norm = self._over_ranks(nn.utils.get_total_norm([p.grad for p in self.local.values() if p.grad is not None]))
         rate = self._base[0] * factor
         if not torch.isfinite(norm):
             return norm.item(), rate
@@ -79,6 +76,14 @@ class LocalOptimizer:
         for name, parameter in self.parameters.items():
             parameter.grad = self.local[name].grad = None
         return norm.item(), rate
+
+    def _over_ranks(self, norm: Tensor) -> Tensor:
+        """The norm of all shards from this rank's."""
+        if self._group is None or dist.get_world_size(self._group) == 1:
+            return norm
+        square = norm.double().square()
+        dist.all_reduce(square, group=self._group)
+        return square.sqrt().to(norm.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor under `parameter name/state name`, sharded as its parameter; made when there is none yet.

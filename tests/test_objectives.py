@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,12 +42,17 @@ def _textbook(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tens
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(2, 60), st.integers(1, 50), st.sampled_from([0.5, 1.0, 3.0]), st.integers(0, 99))
+@given(
+    st.integers(1, 40), st.integers(2, 60), st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.5, 1.0, 3.0]),
+    st.integers(0, 99),
+)  # fmt: skip
 def test_equals_the_textbook_for_every_chunk(
-    tokens: int, vocabulary: int, chunk: int, temperature: float, seed: int
+    tokens: int, vocabulary: int, chunk: int, rows: int, temperature: float, seed: int
 ) -> None:
+    """However many tokens a chunk has, and the products within it."""
     case = _case(tokens, vocabulary, seed=seed)
-    ours = distillation_loss(*case, temperature=temperature, chunk_tokens=chunk)
+    with mock.patch("compress.objectives.chunked._PRODUCT_ROWS", rows):
+        ours = distillation_loss(*case, temperature=temperature, chunk_tokens=chunk)
     expected = _textbook(*case, temperature)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     for mine, theirs in zip(
@@ -247,9 +253,12 @@ def _naive(term: Term, student: Tensor, teacher: Tensor, labels: Tensor, paired:
 
 @pytest.mark.parametrize("name", ON_LOGITS)
 @settings(max_examples=12, deadline=None)
-@given(st.integers(1, 40), st.integers(9, 40), st.integers(1, 50), st.sampled_from([0.7, 1.0, 3.0]), st.integers(0, 99))
+@given(
+    st.integers(1, 40), st.integers(9, 40), st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.7, 1.0, 3.0]),
+    st.integers(0, 99),
+)  # fmt: skip
 def test_every_objective_is_its_formula_and_gradient_for_every_chunk(
-    name: str, tokens: int, vocabulary: int, chunk: int, temperature: float, seed: int
+    name: str, tokens: int, vocabulary: int, chunk: int, rows: int, temperature: float, seed: int
 ) -> None:
     """Value and both gradients, through bias, scale and soft cap, against autograd on whole logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -263,10 +272,11 @@ def test_every_objective_is_its_formula_and_gradient_for_every_chunk(
     paired = torch.rand(tokens, generator=generator) < 0.7
     term = Term(name, temperature=temperature, k=5, lower_quantile=0.3, upper_quantile=0.9, beta=0.3, smoothing=0.4)
     head = OutputHead(weight, 15.0, bias, 0.8)
-    loss, sums = chunked_loss(
-        hidden, head, DenseSignal(teacher_hidden, teacher_head), Targets(labels, paired), [term], [0.37],
-        chunk_tokens=chunk,
-    )  # fmt: skip
+    with mock.patch("compress.objectives.chunked._PRODUCT_ROWS", rows):
+        loss, sums = chunked_loss(
+            hidden, head, DenseSignal(teacher_hidden, teacher_head), Targets(labels, paired), [term], [0.37],
+            chunk_tokens=chunk,
+        )  # fmt: skip
     logits = 15 * torch.tanh((hidden @ weight.T + bias) * 0.8 / 15)
     teacher = 20 * torch.tanh((teacher_hidden @ teacher_head.weight_VD.T + teacher_head.bias_V) * 0.5 / 20)
     expected = _naive(term, logits, teacher, labels, paired)

@@ -23,6 +23,7 @@ from compress.objectives.terms import Rows, SparseRows, Term
 
 _BLOCKS = 8  # of the elementwise blocks of forward KL alone: several results at a time
 CHUNK_BYTES = 192 << 20  # of the student's and the teacher's logits together
+_PRODUCT_ROWS = 256  # of a CPU's products to and from logits: what they make is still in its caches when it is read
 
 
 @dataclass(frozen=True)
@@ -154,40 +155,49 @@ class _ChunkedLoss(torch.autograd.Function):
         carry_V: Tensor | None = None
         scale = scales[0] if any(ctx.needs_input_grad) else None  # of a loss of one term
         paired = any(OBJECTIVES[term.objective].pairs for term in terms)
-        for start in range(0, len(student_ND), size):
-            own = min(size, len(student_ND) - start)
-            chunk = slice(start, min(start + own + paired, len(student_ND)))
-            student_CV = logits_of(student_ND[chunk], head)
-            slope_CV = None if head.softcap is None else 1 - (student_CV[:own] / head.softcap).square_()
-            teacher_CV = logits_of(signal.hidden_NE[chunk], signal.head) if isinstance(signal, DenseSignal) else None
-            sparse = signal.rows(chunk) if isinstance(signal, SparseSignal) else None
-            if simple and teacher_CV is not None:
-                sums_K[0] += forward_kl_(student_CV, teacher_CV, terms[0].temperature, scale).sum()
+        total = len(student_ND)
+        block = min(size, _PRODUCT_ROWS) if student_ND.device.type == "cpu" else size
+        size -= size % block
+        logits_CV = student_ND.new_empty(min(size + paired, total), len(weight_VD))
+        room_RV = None
+        if isinstance(signal, DenseSignal):
+            room_RV = signal.hidden_NE.new_empty(min(block + paired, total), len(signal.head.weight_VD))
+        for start in range(0, total, block):
+            own = min(block, size - start % size, total - start)
+            rows, at = slice(start, min(start + own + paired, total)), start % size
+            student_RV = logits_of(student_ND[rows], head, logits_CV[at : at + rows.stop - start])
+            slope_RV = None if head.softcap is None else 1 - (student_RV[:own] / head.softcap).square_()
+            teacher_RV = None
+            if isinstance(signal, DenseSignal) and room_RV is not None:
+                teacher_RV = logits_of(signal.hidden_NE[rows], signal.head, room_RV[: rows.stop - start])
+            sparse = signal.rows(rows) if isinstance(signal, SparseSignal) else None
+            if simple and teacher_RV is not None:
+                sums_K[0] += forward_kl_(student_RV, teacher_RV, terms[0].temperature, scale).sum()
             elif sampled and sparse is not None:
                 known = sparse.ids_NK, sparse.probabilities_NK, sparse.entropy_N
-                sums_K[0] += sampled_forward_kl_(student_CV, *known, scale).sum()
+                sums_K[0] += sampled_forward_kl_(student_RV, *known, scale).sum()
             else:
-                part = Targets(targets.labels_N[chunk], targets.paired_N[chunk])
-                carry_V = _blockwise_(student_CV, teacher_CV, sparse, part, terms, scales, own, carry_V, sums_K)
-            del teacher_CV
-            gradient_CV = student_CV[:own]
-            if slope_CV is not None:
-                gradient_CV *= slope_CV
+                part = Targets(targets.labels_N[rows], targets.paired_N[rows])
+                carry_V = _blockwise_(student_RV, teacher_RV, sparse, part, terms, scales, own, carry_V, sums_K)
+            gradient_RV = student_RV[:own]
+            if slope_RV is not None:
+                gradient_RV *= slope_RV
             if head.scale != 1:
-                gradient_CV *= head.scale
+                gradient_RV *= head.scale
             if grad_ND is not None:
-                torch.mm(gradient_CV, weight_VD, out=grad_ND[start : start + own])
-            if need_weight:
-                grad_VD = _plus_product(grad_VD, gradient_CV, student_ND[start : start + own])
+                torch.mm(gradient_RV, weight_VD, out=grad_ND[start : start + own])
             if grad_V is not None:
-                grad_V += gradient_CV.sum(0, dtype=dtype)
-            del student_CV, gradient_CV  # before the next chunk's take their place
+                grad_V += gradient_RV.sum(0, dtype=dtype)
+            stop = start + own
+            if need_weight and (at + own == size or stop == total):
+                chunk = slice(start - at, stop)
+                grad_VD = _plus_product(grad_VD, logits_CV[: at + own], student_ND[chunk], last=stop == total)
         if need_weight:
             grad_VD = torch.zeros_like(weight_VD) if grad_VD is None else grad_VD.to(weight_VD.dtype)
         ctx.grads = grad_ND, grad_VD, None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
-        total = sums_K @ torch.tensor(scales, dtype=dtype, device=sums_K.device)
+        loss = sums_K @ torch.tensor(scales, dtype=dtype, device=sums_K.device)
         ctx.mark_non_differentiable(sums_K)
-        return total, sums_K
+        return loss, sums_K
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -201,12 +211,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return *[None if one is None else one.mul_(scale) for one in grads], *[None] * 6
 
 
-def _plus_product(sum_VD: Tensor | None, gradient_CV: Tensor, hidden_CD: Tensor) -> Tensor:
-    """sum + gradient.T @ hidden; a single chunk's product is the sum, several are added in float32."""
+def _plus_product(sum_VD: Tensor | None, gradient_CV: Tensor, hidden_CD: Tensor, last: bool) -> Tensor:
+    """sum + gradient.T @ hidden, where several products are rounded as if added in float32."""
     if sum_VD is None:
         return gradient_CV.T @ hidden_CD
-    sum_VD = sum_VD.to(torch.promote_types(sum_VD.dtype, torch.float32))
-    if gradient_CV.dtype == sum_VD.dtype:
+    if not last:  # the sum of two is rounded once, whatever it is kept in
+        sum_VD = sum_VD.to(torch.promote_types(sum_VD.dtype, torch.float32))
+    if gradient_CV.dtype == sum_VD.dtype == torch.promote_types(sum_VD.dtype, torch.float32):
         return sum_VD.addmm_(gradient_CV.T, hidden_CD)
     return sum_VD.add_(gradient_CV.T @ hidden_CD)
 
