@@ -295,3 +295,12 @@ def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
         yield
     finally:
         handle.close()
+
+
+def link(path: Path, target: Path) -> None:
+    """A relative link to a folder of the same run, unless there is something already."""
+    if target.exists() and not path.exists():
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # another rank was first
+                path.symlink_to(os.path.relpath(target, path.parent))

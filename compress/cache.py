@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from compress.artifacts import fingerprint, write_json
 from compress.errors import ConfigError, NumericalError
 from compress.folders import read_model
-from compress.inputs import cached_from, open_cache, teacher_of
+from compress.inputs import cached_from, learned_from, open_cache, teacher_of
 from compress.models import load_model, output_head
 from compress.parallel import resolve_dtype
 from compress.progress import track
@@ -67,7 +67,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     todo = [n for n, name in enumerate(names) if (shard_facts(folder / name) or {}).get("made_by") != made_by[n]]
     if len(todo) < len(parts):
         log.info("cache: going on after %d of %d shards", len(parts) - len(todo), len(parts))
-    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code).eval() if todo else None
+    model = load_model(learned_from(config, run_dir), dtype, config.teacher.trust_remote_code).eval() if todo else None
     size = config.cache.micro_batch_size
     work = [(n, parts[n][begin : begin + size]) for n in todo for begin in range(0, len(parts[n]), size)]
     steps = track(work, "cache", unit="tok", amount=lambda item: len(item[1]) * data.sequence_length)

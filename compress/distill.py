@@ -22,7 +22,7 @@ from compress.capture import check_models, listening, make_projections
 from compress.errors import ConfigError, Interrupted, NumericalError
 from compress.estimate import flops_per_token
 from compress.folders import read_model
-from compress.inputs import open_cache, start_of, teacher_of
+from compress.inputs import learned_from, open_cache, start_of
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
@@ -34,9 +34,10 @@ from compress.recovery import FORECAST_SHARE, forecast
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
-from compress.teacher import CachedTeacher, OncePerBatch, PreviousSelf, Teacher, overlapping
+from compress.teacher import CachedTeacher, NoTeacher, OncePerBatch, PreviousSelf, Teacher, overlapping
 from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
+    asks_teacher,
     check_training_data,
     drawn_sequences,
     micro_batches,
@@ -103,7 +104,7 @@ def _prepare(
 ) -> tuple[_Parts, Progress]:
     """Everything that a training works with, as far as it has come."""
     settings, trust = config.distill, config.teacher.trust_remote_code
-    teacher_path = teacher_of(config)
+    teacher_path = learned_from(config, run_dir)
     student_path = start_of(config, run_dir)
     data = TokenSet.open(run_dir / "tokens" / "train")
     check_training_data(config, run_dir)
@@ -155,7 +156,9 @@ def _teacher(
         return CachedTeacher(cache)
     if config.teacher.mode is TeacherMode.previous_self:
         return PreviousSelf()
-    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code)
+    if not asks_teacher(config):
+        return NoTeacher()
+    model = load_model(learned_from(config, run_dir), dtype, config.teacher.trust_remote_code)
     check_models(terms, student, model)
     if config.distill.compile:
         compile_layers(model)
@@ -187,7 +190,7 @@ def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int
     if peak is None:
         return None
     info, shape = read_model(teacher, trust), read_model(student, trust).shape
-    asked = config.teacher.mode is TeacherMode.online
+    asked = asks_teacher(config)
     return lambda length: flops_per_token(info, shape, length, recompute, asked) / peak
 
 

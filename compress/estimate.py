@@ -23,9 +23,10 @@ from compress.folders import read_model
 from compress.inputs import source_of
 from compress.parallel import resolve_dtype
 from compress.phases import num_tokens
-from compress.settings import CompressConfig, Stage, TeacherMode
+from compress.settings import CompressConfig, Stage
 from compress.sources import local_files
 from compress.targets import given_sizes
+from compress.training import asks_teacher
 
 # Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
 FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
@@ -67,7 +68,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         tokens = config.prune.compensate_sequences * length
         compensate = tokens * (2 * teacher / FORWARD_EFFICIENCY + 6 * 2 * layers * info.shape.intermediate_size**2)
     evaluated = len(config.data.validation) * (config.evaluate.max_tokens or 1e6)
-    online = teacher if config.teacher.mode is TeacherMode.online else 0
+    online = teacher if asks_teacher(config) else 0
     search = config.search
     distilled = search.num_distilled or search.num_candidates
     flops = {
@@ -76,6 +77,7 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         # Each later round has half of the candidates and brings them as far again, the teacher's pass being shared.
         + max(1, distilled.bit_length() / 2) * distilled * search.num_tokens * 6 * student / STEP_EFFICIENCY,
         Stage.prune: compensate,
+        Stage.correct: float(config.correct.num_tokens or 0) * 6 * teacher / STEP_EFFICIENCY,
         Stage.cache: num_tokens(config) * 2 * teacher / FORWARD_EFFICIENCY,
         Stage.distill: num_tokens(config) * (2 * online + 6 * student) / STEP_EFFICIENCY,
         # The float32 softmax over the vocabulary takes as long again as the products.

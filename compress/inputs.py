@@ -16,6 +16,7 @@ from compress.settings import CompressConfig
 from compress.signals import SignalCache
 from compress.tokens import Ints, TokenSet
 
+CORRECTED = Path("correct", "export")  # under run_dir
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
 
@@ -24,6 +25,12 @@ def teacher_of(config: CompressConfig, config_only: bool = False) -> Path:
     teacher = config.teacher
     cache = Path(config.cache_dir).expanduser()
     return teacher_folder(teacher.path, teacher.revision, cache, teacher.trust_remote_code, config_only)
+
+
+def learned_from(config: CompressConfig, run_dir: Path) -> Path:
+    """The teacher that is distilled from: the corrected one where stage correct has made one."""
+    corrected = run_dir / CORRECTED
+    return corrected if config.correct.num_tokens is not None and corrected.is_dir() else teacher_of(config)
 
 
 def source_of(config: CompressConfig) -> Path:
@@ -44,7 +51,7 @@ def start_of(config: CompressConfig, run_dir: Path) -> Path:
 
 def cached_from(config: CompressConfig, run_dir: Path) -> dict[str, str]:
     """Fingerprints of what a cache of the teacher's word is made from."""
-    teacher = teacher_of(config)
+    teacher = learned_from(config, run_dir)
     return {
         "teacher": weights_fingerprint(teacher),
         "tokenizer": tokenizer_fingerprint(teacher),

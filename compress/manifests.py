@@ -63,7 +63,7 @@ def books(
         log.info("%s: starting", stage)
         began = time.time()
         write_json(folder / STARTED, expected)
-        kept = checkpoint.steps(folder / "checkpoints")
+        kept = checkpoint.steps(folder / entry.checkpoints)
         before = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
         if before is not None:
             log.info("%s: it was done with fewer distill.phases, and goes on", stage)
@@ -75,7 +75,7 @@ def books(
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
             # What is mended next is most likely a setting, so a failure binds nobody; checkpoints do: they go on.
-            now = checkpoint.steps(folder / "checkpoints")
+            now = checkpoint.steps(folder / entry.checkpoints)
             if not isinstance(error, Interrupted) and (now == kept if before else not now):
                 (folder / STARTED).unlink(missing_ok=True)
                 if before is not None:  # the appended phases failed at once: what there was is done as it was
@@ -105,7 +105,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             plain["data"][split][number] |= {"path": None, "name": set_name(source), "weight": None}
     plain["data"]["train[*]"] = {"weight": [source.weight for source in config.data.train]}
     teacher_fingerprint = fingerprint_path(teacher)
-    for stage in (Stage.score, Stage.search, Stage.prune, Stage.cache, Stage.distill, Stage.evaluate):
+    for stage in (Stage.score, Stage.search, Stage.prune, Stage.correct, Stage.cache, Stage.distill, Stage.evaluate):
         files[stage]["the teacher's files"] = teacher_fingerprint
     if config.prune.source:
         source = Path(config.prune.source).expanduser()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
 from compress.families import Shape
-from compress.objectives.chunked import tokens_per_chunk
+from compress.objectives.chunked import PRODUCT_ROWS, tokens_per_chunk
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # a parameter: float32 weight, AdamW's two moments
 GRADIENT_BYTES = 4  # reduced in float32
@@ -103,19 +103,22 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     }
     chunk = min(tokens_per_chunk(vocabulary, item), tokens)
     head = vocabulary * hidden
-    several = tokens > chunk
+    # One product is the gradient, two are added in their own dtype, the sum of more is kept in float32.
+    products = item if item == 4 or tokens <= chunk else 2 * item + (4 if tokens > 2 * chunk else 0)
+    of_teacher = min(chunk, PRODUCT_ROWS) if layout.on_cpu else chunk
     loss = {
-        "loss: logits of a chunk": (3 if several else 2) * chunk * vocabulary * item,
+        "loss: logits of a chunk": (chunk + of_teacher) * vocabulary * item,
         "loss: softmax in float32": (0 if layout.on_cpu else 3 * chunk * vocabulary * 4),
-        "loss: gradient of the head": head * (2 * item + 4 if several else item),
+        "loss: gradient of the head": head * products,
         "loss: gradient of the hidden states": tokens * hidden * item,
     }
+    reducing = GRADIENT_BYTES if ranks > 1 else 0  # beside the gradients that it ends in
     backward = {
         "gradients: the head's": head * item,
-        "gradients: a layer's, and being reduced": layer * (item + 2 * GRADIENT_BYTES),
+        "gradients: a layer's, and being reduced": layer * (item + GRADIENT_BYTES + reducing),
         "gathered: a layer ahead": item * layer if ranks > 1 else 0,
     }
-    reduced = {"gradients: embedding and head, being reduced": root * (item + GRADIENT_BYTES)}
+    reduced = {"gradients: embedding and head, being reduced": root * (item + reducing)}
     return {
         "the teacher's forward": {
             **states,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from compress.artifacts import (
     ERROR,
     MANIFEST,
     STARTED,
-    disk_errors,
+    link,
     read_json,
     write_json,
 )
@@ -183,7 +182,8 @@ def _run_rounds(config: CompressConfig) -> None:
                 f"round {number} prunes {one.prune.source}, which isn't there; run round={number - 1} up to export"
             )
         if number > 1:
-            _link(run_dir_of(one) / "tokens", run_dir_of(round_config(config, 1)) / "tokens")
+            for folder in ("tokens", "correct"):
+                link(run_dir_of(one) / folder, run_dir_of(round_config(config, 1)) / folder)
         run(one)
 
 
@@ -200,9 +200,9 @@ def _run_siblings(config: CompressConfig) -> None:
     _, first, scored = planned[0]
     for one, run_dir, expected in planned:
         if run_dir != first:
-            _link(run_dir / "tokens", first / "tokens")
+            link(run_dir / "tokens", first / "tokens")
             if expected[Stage.score]["fingerprint"] == scored[Stage.score]["fingerprint"]:
-                _link(run_dir / "score", first / "score")  # else how far removals were measured is its own
+                link(run_dir / "score", first / "score")  # else how far removals were measured is its own
         log.info("sibling %s", run_dir.name)
         run(dataclasses.replace(one, until=before))
     if config.until in order:
@@ -210,10 +210,11 @@ def _run_siblings(config: CompressConfig) -> None:
     with contextlib.ExitStack() as stack:
         training = []
         for one, run_dir, expected in planned:
-            if run_dir != first:
-                _link(run_dir / "cache", first / "cache")
-            if Stage.cache not in left_out(one) and not is_done(one, Stage.cache, expected):
-                run_stage(one, run_dir, Stage.cache, expected)
+            for stage in (Stage.correct, Stage.cache):
+                if run_dir != first:
+                    link(run_dir / stage, first / stage)
+                if stage not in left_out(one) and not is_done(one, stage, expected):
+                    run_stage(one, run_dir, stage, expected)
             if config.until is Stage.cache or is_done(one, Stage.distill, expected):
                 continue
             if stack.enter_context(books(one, run_dir, Stage.distill, expected)):
@@ -222,15 +223,6 @@ def _run_siblings(config: CompressConfig) -> None:
             distill.run_together(training)
     for one in members if config.until is not Stage.cache else ():
         run(one)
-
-
-def _link(link: Path, target: Path) -> None:
-    """A relative link to a folder of the same run, unless there is something already."""
-    if target.exists() and not link.exists():
-        with disk_errors(link):
-            link.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):  # another rank was first
-                link.symlink_to(os.path.relpath(target, link.parent))
 
 
 def _print_all(tables: Iterable[Table]) -> None:
@@ -308,7 +300,7 @@ def status(config: CompressConfig) -> Table:
     for column in ("stage", "state", "detail", "time", "disk"):
         result.add_column(column, justify="right" if column in ("time", "disk") else "left")
     for stage, entry in STAGES.items():
-        if stage in (Stage.search, Stage.cache) and stage in left_out(config):
+        if stage in (Stage.search, Stage.correct, Stage.cache) and stage in left_out(config):
             continue
         folder = run_dir / entry.folder(config)
         state, detail, seconds = "not started", "", ""

@@ -32,6 +32,7 @@ from compress.settings import CacheKind, CompressConfig, ComputeDtype, Optimizer
 from compress.shapes import enumerate_shapes
 from compress.signals import Form
 from compress.targets import budget, cut_info, given_shape, grid_of
+from compress.training import asks_teacher
 
 HEADROOM = 0.9  # of a GPU's memory that a step may take: the rest is the allocator's, the kernels' and the driver's
 CPU_HEADROOM = 0.75  # the C library keeps freed memory: benchmarks/plan.py
@@ -96,7 +97,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
             )
     longest = max(phase["sequence_length"] for phase in phases)
     layout = Layout(
-        teacher_runs=config.teacher.mode is TeacherMode.online,
+        teacher_runs=asks_teacher(config),
         num_ranks=max(1, num_gpus),
         micro_batch_size=config.distill.micro_batch_size,
         sequence_length=longest,
@@ -111,8 +112,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
         limit = available_bytes()
     else:
         raise ConfigError(f"cluster.memory_bytes must be set for {num_gpus} GPUs, such as 80GiB")
-    beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
-    memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
+    memory = _step_memory(config, teacher, student, layout)
     recompute, tokens = config.distill.recompute, num_tokens(config)
     work = sum(
         p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute, layout.teacher_runs)
@@ -125,6 +125,18 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
     )  # fmt: skip
     _check_fits(config, made)
     return made
+
+
+def _step_memory(
+    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout
+) -> dict[str, dict[str, int]]:
+    """Of a distillation step and, where the teacher is corrected, of a step of its own training, by moment."""
+    beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
+    memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
+    if config.correct.num_tokens is not None:
+        own = step_memory(teacher, teacher.shape, replace(layout, teacher_runs=False))
+        memory |= {f"{moment} of the teacher's correction": parts for moment, parts in own.items()}
+    return memory
 
 
 def _student(config: CompressConfig, teacher: ModelInfo) -> Shape:
@@ -203,10 +215,10 @@ def _check_fits(config: CompressConfig, made: Plan) -> None:
     fits = [
         text
         for text, layout in _alternatives(config, made)
-        if _peak(step_memory(made.teacher, made.student, layout))[1] <= usable
+        if _peak(_step_memory(config, made.teacher, made.student, layout))[1] <= usable
     ]
     raise ConfigError(
-        f"distill needs {_gib(needed)} on {where} at {moment}, and {share} are there to be used"
+        f"training needs {_gib(needed)} on {where} at {moment}, and {share} are there to be used"
         + (f"; it would fit with {' or with '.join(fits)}" if fits else "; not even these would fit: more nodes, "
            "distill.recompute=true, distill.micro_batch_size=1; choose a smaller student or shorter sequences")
     )  # fmt: skip
@@ -291,6 +303,11 @@ def _work(config: CompressConfig, made: Plan) -> Table:
     result.add_column("", justify="right")
     result.add_row("FLOP a token: teacher forward, student forward and backward", f"{made.flops_per_token:.3g}")
     result.add_row(f"distill, {tokens:,.0f} tokens", about(made.seconds))
+    if config.correct.num_tokens is not None:
+        corrected, length = float(config.correct.num_tokens), config.data.sequence_length
+        each = flops_per_token(made.teacher, made.teacher.shape, length, config.distill.recompute, teacher_runs=False)
+        seconds = made.seconds * (corrected * each) / (tokens * made.flops_per_token)
+        result.add_row(f"the teacher's correction, {corrected:,.0f} tokens", about(seconds))
     if made.num_gpus:
         hours = made.seconds / 3600 * made.num_gpus
         result.add_row(f"GPU-hours at {cluster.efficiency:.0%} of {cluster.peak_flops:.3g} FLOP/s", f"{hours:,.0f}")

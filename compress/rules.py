@@ -19,10 +19,16 @@ from compress.errors import ConfigError
 from compress.settings import (
     BUDGET,
     CompressConfig,
+    CorrectConfig,
+    ObjectiveName,
+    Optimizer,
+    PhaseConfig,
     PruneConfig,
+    SearchConfig,
     SourceConfig,
     Stage,
     TeacherMode,
+    TermConfig,
     set_name,
 )
 from compress.training_rules import check_training, is_positive
@@ -67,10 +73,10 @@ _RULES: tuple[_Rule, ...] = (
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
         "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
-        "cluster.price_per_gpu_hour",
+        "cluster.price_per_gpu_hour correct.learning_rate",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
-    (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio"),
+    (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio correct.min_gain"),
     (
         lambda v: 0 <= v < 1,
         "must be within 0 and 1, 1 excluded",
@@ -85,7 +91,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         lambda v: is_positive(v) and v == int(v),
         "must be a whole positive number of tokens",
-        "distill.num_tokens distill.validate_tokens",
+        "distill.num_tokens distill.validate_tokens correct.num_tokens correct.trial_tokens",
     ),
     (
         lambda v: v and "/" not in v and not v.startswith("."),
@@ -107,6 +113,7 @@ def check(config: CompressConfig) -> None:
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
     check_training(config)
+    _check_correction(config)
     if config.siblings:
         _check_siblings(config)
     elif config.rounds:
@@ -230,9 +237,10 @@ def _check_siblings(config: CompressConfig) -> None:
     if len(set(names)) != len(names):
         raise ConfigError(f"siblings: the names {names} must differ; each has its own folder")
     for name in names:
-        if not re.fullmatch(r"[\w-]+", name) or name in ("tokens", "score"):
+        if not re.fullmatch(r"[\w-]+", name) or name in ("tokens", "score", "correct", "cache"):
             raise ConfigError(
-                f"siblings: name={name!r} becomes a folder beside tokens and score: letters, digits, '-' and '_' only"
+                f"siblings: name={name!r} becomes a folder beside tokens, score, correct and cache: letters, digits, "
+                "'-' and '_' only"
             )
         try:
             check(sibling_config(config, name))
@@ -244,6 +252,66 @@ def sibling_config(config: CompressConfig, name: str) -> CompressConfig:
     """The config of one of config.siblings: a run of its own."""
     [chosen] = [sibling for sibling in config.siblings if sibling.name == name]
     return replace(config, run_dir=f"{config.run_dir}/{name}", prune=chosen.prune, siblings=[])
+
+
+def correction_config(config: CompressConfig, teacher: str, phases: int = 2) -> CompressConfig:
+    """The config by which stage correct trains the teacher itself on the text: its trial, and then the rest too."""
+    settings = config.correct
+    assert settings.num_tokens is not None
+    trial = _trial_tokens(config, settings.num_tokens)
+    parts = [PhaseConfig(num_tokens=trial), PhaseConfig(num_tokens=settings.num_tokens - trial)]
+    distill = replace(
+        config.distill,
+        init_from=teacher,
+        phases=parts[:phases],
+        objectives=[TermConfig(ObjectiveName.cross_entropy)],
+        optimizer=Optimizer.adamw,
+        learning_rate=settings.learning_rate,
+        ema_decay=None,
+        keep_best=False,
+        validate_steps=None,
+        stop_slope=None,
+    )
+    return replace(
+        config,
+        teacher=replace(config.teacher, mode=TeacherMode.online),
+        prune=PruneConfig(),
+        search=SearchConfig(),
+        correct=CorrectConfig(),
+        distill=distill,
+        export=replace(config.export, step=None),
+    )
+
+
+def _trial_tokens(config: CompressConfig, num_tokens: float) -> float:
+    """Whole steps, one at least where nothing is said."""
+    step = config.distill.global_batch_size * config.data.sequence_length
+    wanted = config.correct.trial_tokens
+    return max(step, num_tokens / 10 // step * step) if wanted is None else wanted // step * step
+
+
+def _check_correction(config: CompressConfig) -> None:
+    settings = config.correct
+    if settings.num_tokens is None:
+        if settings != CorrectConfig():
+            raise ConfigError("correct.* is set, but correct.num_tokens is null, which leaves the teacher as it is; "
+                              "give it tokens, such as 100M, or leave the rest of correct.* out")  # fmt: skip
+        return
+    if config.teacher.mode is TeacherMode.previous_self:
+        raise ConfigError(
+            f"correct.num_tokens={settings.num_tokens:g} corrects a teacher, and teacher.mode=previous_self has none; "
+            "set one of the two to null or online"
+        )
+    step, trial = (
+        config.distill.global_batch_size * config.data.sequence_length,
+        _trial_tokens(config, settings.num_tokens),
+    )
+    if trial < step or settings.num_tokens - trial < step:
+        raise ConfigError(
+            f"correct.num_tokens={settings.num_tokens:g} must hold a trial (correct.trial_tokens="
+            f"{settings.trial_tokens}) and what follows, each of one step of distill.global_batch_size * "
+            f"data.sequence_length = {step} tokens at least; give it {max(trial, step) + step:g} or more"
+        )
 
 
 def round_config(config: CompressConfig, number: int) -> CompressConfig:

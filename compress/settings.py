@@ -24,6 +24,7 @@ class Stage(StrEnum):
     score = "score"
     search = "search"
     prune = "prune"
+    correct = "correct"
     cache = "cache"
     distill = "distill"
     export = "export"
@@ -257,6 +258,16 @@ class SearchConfig:
 
 
 @dataclass
+class CorrectConfig:
+    """Training the teacher on the text first, by cross-entropy; the rest of its settings are those of distill."""
+
+    num_tokens: Size | None = None  # null = the teacher is distilled from as it is
+    trial_tokens: Size | None = None  # of them, the first, that tell whether it is needed; null = a tenth
+    min_gain: float = 0.01  # share that the mean validation loss must fall by in the trial; below it nothing is changed
+    learning_rate: float = 2e-5
+
+
+@dataclass
 class CacheConfig:
     """What is kept of the teacher at every loss token of the training sequences, when teacher.mode=cached."""
 
@@ -376,6 +387,7 @@ class CompressConfig:
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    correct: CorrectConfig = field(default_factory=CorrectConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

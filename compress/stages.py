@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compress import (
     cache,
+    correct,
     distill,
     evaluate,
     export,
@@ -32,6 +33,7 @@ class StageEntry:
     after: tuple[Stage, ...]
     reads: tuple[str, ...]
     folder: Callable[[CompressConfig], str]
+    checkpoints: str = "checkpoints"  # in the folder
 
 
 _TRAINING = (
@@ -42,6 +44,8 @@ _TRAINING = (
 TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
 _LATER = "num_tokens phases stop_slope ema_decay min_learning_rate_ratio compile"  # not of a candidate's training
 LATER_KEYS = tuple(f"distill.{key}" for key in _LATER.split())
+_OWN_KEYS = "num_tokens phases objectives optimizer learning_rate muon_learning_rate stop_slope ema_decay"
+_CORRECTION_KEYS = tuple(key for key in TRAINING_KEYS if key.removeprefix("distill.") not in _OWN_KEYS.split())
 # Adapters follow the cut: one that turns out to have lost every layer can be left out without another search.
 _SEARCHED_KEYS = tuple(f"prune.{key.name}" for key in dataclasses.fields(PruneConfig) if key.name != "adapters")
 STAGES: dict[Stage, StageEntry] = {
@@ -69,16 +73,24 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.prune: StageEntry(
         prune.run, (Stage.score, Stage.search), ("compute_dtype", "prune", "shape"), lambda _: "prune"
     ),
+    Stage.correct: StageEntry(
+        correct.run,
+        (Stage.tokenize,),
+        ("seed", "compute_dtype", "data.train[*].weight", "correct", "export.dtype", "distill.validate_tokens",
+         *_CORRECTION_KEYS),
+        lambda _: "correct",
+        "distill/checkpoints",
+    ),
     Stage.cache: StageEntry(
         cache.run,
-        (Stage.tokenize,),
+        (Stage.tokenize, Stage.correct),
         ("seed", "compute_dtype", "distill.phases", "cache.kind", "cache.num_samples", "cache.k",
          "cache.sequences_per_shard"),
         lambda _: "cache",
     ),
     Stage.distill: StageEntry(
         distill.run,
-        (Stage.tokenize, Stage.prune, Stage.cache),
+        (Stage.tokenize, Stage.prune, Stage.correct, Stage.cache),
         ("seed", "compute_dtype", "data.train[*].weight", "teacher.mode", "distill.init_from",
          "search.continue_winner", *TRAINING_KEYS),
         lambda _: "distill",
@@ -98,6 +110,8 @@ def chosen_stages(config: CompressConfig) -> list[Stage]:
     """The stages of config.stage. Raises ConfigError for one alone that this config leaves out."""
     if config.stage is Stage.search and not config.search.num_candidates:
         raise ConfigError("stage=search needs search.num_candidates, such as 8, and a budget to search within")
+    if config.stage is Stage.correct and config.correct.num_tokens is None:
+        raise ConfigError("stage=correct needs correct.num_tokens, such as 100M")
     if config.stage is Stage.cache and config.teacher.mode is not TeacherMode.cached:
         raise ConfigError(f"stage=cache needs teacher.mode=cached, it is {config.teacher.mode}")
     if config.stage is not Stage.all:
@@ -108,11 +122,12 @@ def chosen_stages(config: CompressConfig) -> list[Stage]:
 
 
 def left_out(config: CompressConfig) -> set[Stage]:
-    """A student pruned elsewhere needs neither scores nor pruning; without candidates there is nothing to search, and
-    a teacher that is asked online needs no cache."""
+    """A student pruned elsewhere needs neither scores nor pruning; without candidates there is nothing to search,
+    without tokens nothing to correct, and a teacher that is asked online needs no cache."""
     elsewhere = {Stage.score, Stage.search, Stage.prune} if config.distill.init_from else set()
     online = set() if config.teacher.mode is TeacherMode.cached else {Stage.cache}
-    return elsewhere | online | (set() if config.search.num_candidates else {Stage.search})
+    as_it_is = {Stage.correct} if config.correct.num_tokens is None else set()
+    return elsewhere | online | as_it_is | (set() if config.search.num_candidates else {Stage.search})
 
 
 def run_dir_of(config: CompressConfig) -> Path:

@@ -43,6 +43,16 @@ class Teacher:
         return DenseSignal(hidden_NE, output_head(self.model), recorded if self.listening else None)
 
 
+class NoTeacher:
+    """Nobody: for a loss of labels alone."""
+
+    def answers(self, batch: TokenBatch) -> bool:
+        return False
+
+    def signal(self, batch: TokenBatch) -> None:
+        return None
+
+
 class OncePerBatch(Teacher):
     """A teacher that several students ask about the same micro-batches, one step at a time: it runs once for all."""
 

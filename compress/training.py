@@ -14,12 +14,13 @@ from compress import checkpoint
 from compress.errors import ConfigError
 from compress.models import output_head
 from compress.moving_average import MovingAverage
+from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
 from compress.phases import Phase, Progress, phases_of
 from compress.recovery import has_levelled, steps_after_stop
 from compress.schedules import between
-from compress.settings import CompressConfig, Curve, DistillConfig, Optimizer
+from compress.settings import CompressConfig, Curve, DistillConfig, Optimizer, TeacherMode
 from compress.step import StudentModule
 from compress.teacher import PREVIOUS, PreviousSelf
 from compress.tokens import Ints, SequenceOrder, TokenBatch, TokenSet
@@ -91,6 +92,13 @@ def refuse_empty_windows(
             f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
             "(data.loss_on=all)"
         )
+
+
+def asks_teacher(config: CompressConfig) -> bool:
+    """Whether a teacher's forward runs in training: by itself the text is enough for objectives of labels alone."""
+    terms, validates = config.distill.objectives, config.distill.validate_steps is not None
+    labels_only = all(OBJECTIVES[term.objective].labels_only for term in terms)
+    return config.teacher.mode is TeacherMode.online and (validates or not labels_only)
 
 
 def terms_at(settings: DistillConfig, progress: float) -> list[Term]:

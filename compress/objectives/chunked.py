@@ -23,7 +23,7 @@ from compress.objectives.terms import Rows, SparseRows, Term
 
 _BLOCKS = 8  # of the elementwise blocks of forward KL alone: several results at a time
 CHUNK_BYTES = 192 << 20  # of the student's and the teacher's logits together
-_PRODUCT_ROWS = 256  # of a CPU's products to and from logits: what they make is still in its caches when it is read
+PRODUCT_ROWS = 256  # of a CPU's products to and from logits: what they make is still in its caches when it is read
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = scales[0] if any(ctx.needs_input_grad) else None  # of a loss of one term
         paired = any(OBJECTIVES[term.objective].pairs for term in terms)
         total = len(student_ND)
-        block = min(size, _PRODUCT_ROWS) if student_ND.device.type == "cpu" else size
+        block = min(size, PRODUCT_ROWS) if student_ND.device.type == "cpu" else size
         size -= size % block
         logits_CV = student_ND.new_empty(min(size + paired, total), len(weight_VD))
         room_RV = None

@@ -1,0 +1,76 @@
+"""Stage correct: train the teacher on the distillation text before it is distilled from, where that helps.
+
+Minitron's teacher correction (arXiv 2408.11796, sections 3 and 5): a teacher whose own training data was different
+guides a student less well on this text. The first tokens are a trial, whose gain on the validation sets tells whether
+the rest is worth its time; figures of the student are against the original teacher all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import checkpoint, distill, export
+from compress.artifacts import link, write_json
+from compress.inputs import teacher_of
+from compress.metrics import language_modelling
+from compress.models import load_model
+from compress.parallel import resolve_dtype
+from compress.phases import num_tokens
+from compress.rules import correction_config
+from compress.settings import CompressConfig
+from compress.training import load_trained
+from compress.validation import validation_batches
+
+log = logging.getLogger(__name__)
+REPORT = "report.json"
+
+
+def run(config: CompressConfig, run_dir: Path) -> None:
+    """Write correct/report.json and, unless the trial gained too little, correct/export, a Hugging Face folder.
+
+    Raises as `distill.run`; after a kill it goes on where it was.
+    """
+    folder = run_dir / "correct"
+    link(folder / "tokens", run_dir / "tokens")
+    trial, whole = (correction_config(config, str(teacher_of(config)), phases) for phases in (1, 2))
+    distill.run(trial, folder)
+    report = _gains(trial, folder, run_dir)
+    needed = report["gain"] >= config.correct.min_gain
+    log.info(
+        "correct: after %s tokens the teacher's validation loss is %+.2f%%: %s", f"{num_tokens(trial):,.0f}",
+        -100 * report["gain"],
+        "going on" if needed else f"less than correct.min_gain={config.correct.min_gain:g}, so it stays as it is",
+    )  # fmt: skip
+    if needed:
+        distill.run(whole, folder)
+        export.run(whole, folder)
+        report = {**_gains(whole, folder, run_dir), "trial": report}
+        log.info("correct: the teacher's validation loss is %+.2f%%", -100 * report["gain"])
+    write_json(folder / REPORT, {"needed": needed, **report})
+    shutil.rmtree(folder / "distill" / "checkpoints")  # as large as the teacher six times over, and nothing goes on
+
+
+def _gains(config: CompressConfig, folder: Path, run_dir: Path) -> dict[str, Any]:
+    """What the newest checkpoint has gained: losses of each validation set, and the mean share that they fell by."""
+    found = checkpoint.newest(folder / "distill" / "checkpoints")
+    assert found is not None, "distill.run ends with a checkpoint"
+    trust, dtype = config.teacher.trust_remote_code, resolve_dtype(config.compute_dtype)
+    model = load_model(teacher_of(config), torch.float32, trust)
+    load_trained(found[0], model)
+    for parameter in model.parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
+        parameter.data = parameter.data.to(dtype)
+    models = {"teacher": load_model(teacher_of(config), dtype, trust).eval(), "corrected": model.eval()}
+    sets = {name: language_modelling(models, batches) for name, batches in validation_batches(config, run_dir).items()}
+    losses = {name: {model: figures[model]["loss"] for model in models} for name, figures in sets.items()}
+    gains = [1 - loss["corrected"] / loss["teacher"] for loss in losses.values()]
+    return {
+        "num_tokens": int(found[1]["tokens"]),
+        "gain": sum(gains) / len(gains),
+        "loss": losses,
+        "kl_to_teacher": {name: figures["corrected"]["kl_to_teacher"] for name, figures in sets.items()},
+    }
