@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,15 +149,16 @@ def share_stages(config: CompressConfig, source: Path, stages: Sequence[str] = (
 
 def run_row(
     name: str, settings: Sequence[str], previous: dict[str, Any] | None, sources: Sequence[Path],
-    stages: Sequence[str] = ("tokens", "score"),
+    stages: Sequence[str] = ("tokens", "score"), measure: Callable[[CompressConfig], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
-    """Run every stage by these settings; (what every row says of it, what evaluate measured).
+    """Run every stage by these settings; (what every row says of it, what evaluate, or `measure` instead, measured).
 
     When `previous` is of the settings and inputs of now, nothing runs, and it comes back with None. `sources`: run
     folders whose finished `stages` are shared. Checkpoints, 1.2 GB each, are let go.
     """
     from compress.config import load_config
     from compress.pipeline import run
+    from compress.settings import Stage
 
     config = load_config(*settings)
     fingerprint = fingerprint_of(config)
@@ -166,9 +168,10 @@ def run_row(
     for source in sources:
         share_stages(config, source, stages)
     print(name, flush=True)
-    run(config)
+    run(config if measure is None else dataclasses.replace(config, until=Stage.export))
     run_dir = Path(config.run_dir)
-    metrics = json.loads((run_dir / "evaluate" / "metrics.json").read_text())
+    found = measure(config) if measure is not None else json.loads((run_dir / "evaluate" / "metrics.json").read_text())
+    metrics: dict[str, Any] = found
     shutil.rmtree(run_dir / "distill" / "checkpoints")
     facts = {
         "fingerprint": fingerprint,

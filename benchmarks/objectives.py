@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     load_rows,
@@ -29,6 +29,9 @@ from benchmarks.common import (
     start_as_the_makefile_does,
     write_result,
 )
+
+if TYPE_CHECKING:
+    from compress.settings import CompressConfig
 
 RECIPE = "smollm2_135m_to_100m"
 NUM_TOKENS, BEST_TOKENS = 24_576, 65_536
@@ -98,6 +101,28 @@ def random_student(runs: Path, pruned: Path) -> Path:
     return folder
 
 
+def against_teacher(config: CompressConfig) -> dict[str, Any]:
+    """What stage evaluate says of the export, without the pruned model and the clock: the same tokens."""
+    from compress.evaluate import sets_of
+    from compress.inputs import teacher_of
+    from compress.metrics import language_modelling
+    from compress.models import load_model
+    from compress.parallel import resolve_dtype
+
+    folders = {"teacher": teacher_of(config), "distilled": Path(config.run_dir) / "export"}
+    models = {name: load_model(folder, resolve_dtype(config.compute_dtype)).eval() for name, folder in folders.items()}
+    sets = {
+        name: language_modelling(models, batches) for name, batches in sets_of(config, Path(config.run_dir)).items()
+    }
+    return {
+        "distilled": {
+            "parameters": sum(p.numel() for p in models["distilled"].parameters()),
+            "sets": {name: figures["distilled"] for name, figures in sets.items()},
+        },
+        "excess_loss": {name: found["distilled"]["loss"] - found["teacher"]["loss"] for name, found in sets.items()},
+    }
+
+
 def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str], previous: Any, shared: Path) -> Any:
     """One row; `previous` unchanged when its settings and inputs are those of now."""
     slug = "".join(letter if letter.isalnum() else "_" for letter in name)
@@ -108,7 +133,9 @@ def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str],
     ]  # fmt: skip
     if name == "random weights":
         settings = [s.replace("RANDOM", f'"{random_student(runs, shared / "prune")}"') for s in settings]
-    facts, metrics = run_row(key_of(name, seed, num_tokens), settings, previous, [shared], ("tokens", "score", "prune"))
+    facts, metrics = run_row(
+        key_of(name, seed, num_tokens), settings, previous, [shared], ("tokens", "score", "prune"), against_teacher
+    )
     if metrics is None:
         return facts
     sets = metrics["distilled"]["sets"]

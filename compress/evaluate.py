@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from compress.artifacts import read_json, remedy_for, write_json
 from compress.embedded import resolve
@@ -21,7 +21,7 @@ from compress.multiple_choice import read_items
 from compress.parallel import resolve_dtype
 from compress.progress import track
 from compress.settings import CompressConfig, set_name
-from compress.tokens import TokenSet
+from compress.tokens import TokenBatch, TokenSet
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.json"
@@ -53,9 +53,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         }
         for name, model in models.items()
     }
-    for source in config.data.validation:
-        name = set_name(source)
-        for model, figures in _one_set(config, run_dir, name, models).items():
+    for name, batches in sets_of(config, run_dir).items():
+        for model, figures in language_modelling(models, batches).items():
             metrics[model]["sets"][name] = figures
     sets = [set_name(source) for source in config.data.validation]
     loss = {model: {s: metrics[model]["sets"][s]["loss"] for s in sets} for model in models}
@@ -81,19 +80,19 @@ def _share(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
 
-def _one_set(
-    config: CompressConfig, run_dir: Path, name: str, models: dict[str, PreTrainedModel]
-) -> dict[str, dict[str, float]]:
+def sets_of(config: CompressConfig, run_dir: Path) -> dict[str, Iterator[TokenBatch]]:
+    """Of each validation set evaluate.max_tokens, spread over it, in micro-batches, with their progress."""
+    return {name: _batches(config, run_dir, name) for name in map(set_name, config.data.validation)}
+
+
+def _batches(config: CompressConfig, run_dir: Path, name: str) -> Iterator[TokenBatch]:
     tokens = TokenSet.open(run_dir / "tokens" / "validation" / name)
     wanted = tokens.num_sequences
     if config.evaluate.max_tokens is not None:
         wanted = min(wanted, max(1, int(config.evaluate.max_tokens) // tokens.sequence_length))
     groups = tokens.spread(wanted, config.evaluate.micro_batch_size)
     batches = (tokens.batch(group) for group in groups)
-    return language_modelling(
-        models,
-        track(batches, f"evaluating on {name}", len(groups), "tok", lambda batch: batch.input_ids.numel()),
-    )
+    return track(batches, f"evaluating on {name}", len(groups), "tok", lambda batch: batch.input_ids.numel())
 
 
 def preflight(config: CompressConfig) -> None:
