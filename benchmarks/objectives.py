@@ -39,7 +39,7 @@ NUM_TOKENS, BEST_TOKENS = 24_576, 65_536
 CONTENDERS: dict[str, list[str]] = {
     "forward_kl": [],
     "forward_kl, Muon": ["distill.optimizer=muon"],
-    "forward_kl, Muon at 0.02": ["distill.optimizer=muon", "distill.muon_learning_rate=0.02"],
+    "forward_kl, Muon at 0.005": ["distill.optimizer=muon", "distill.muon_learning_rate=0.005"],
     "forward_kl, T=2": ["distill.objectives=[{temperature: 2, squared: true}]"],
     "reverse_kl": ["distill.objectives=[{objective: reverse_kl}]"],
     "jensen_shannon, beta 0.5": ["distill.objectives=[{objective: jensen_shannon}]"],
