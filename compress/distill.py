@@ -253,12 +253,11 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         if settings.validate_steps and (progress.step % settings.validate_steps == 0 or progress.step == phase.end):
             _validate(parts, phase, progress)
         last = num_steps(config, progress.shortened)
-        done = progress.step == last
-        if done or stop.name or progress.step % settings.checkpoint_steps == 0:
+        if progress.step == last or stop.name or progress.step % settings.checkpoint_steps == 0:
             state = training_state(parts.student, optimizer, parts.average, parts.previous)
             facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
             writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
-        if stop.name and not done:
+        if stop.name:  # after the last step too: the stages that follow would run into the kill
             writer.wait()
             raise Interrupted(f"{stop.name}: step {progress.step} of {last} is saved; the same command goes on")
         yield progress.step

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from compress import checkpoint, distill
 from compress.config import load_config
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, Interrupted
 from compress.settings import CompressConfig
 from compress.training_log import progress_line
 
@@ -103,6 +104,30 @@ def cut_back(run_dir: Path, step: int) -> None:
     for later in steps(run_dir):
         if later > step:
             shutil.rmtree(distill / "checkpoints" / f"step_{later:08d}")
+
+
+def test_a_signal_in_the_last_step_ends_the_command_too(
+    train: Any, pruned: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training is done and saved, but nothing that follows begins; the same command goes on with it."""
+    whole = train("whole", until="export")
+    counted: list[int] = []
+    right = distill.accumulate_gradients
+
+    def stepping(*arguments: object, **options: object) -> object:
+        counted.append(1)
+        if len(counted) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(distill, "accumulate_gradients", stepping)
+    with pytest.raises(Interrupted, match="step 8 of 8 is saved"):
+        train("cut", until="export")
+    cut = whole.with_name("cut")
+    assert not (cut / "export").exists()
+    train("cut", until="export")
+    assert len(counted) == 8
+    assert same(load_file(cut / "export" / "model.safetensors"), load_file(whole / "export" / "model.safetensors"))
 
 
 # -- validation
