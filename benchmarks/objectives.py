@@ -16,6 +16,7 @@ self` is DynSDPB's kind of training, to be compared with the latter.
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ CONTENDERS: dict[str, list[str]] = {
     "forward_kl": [],
     "forward_kl, Muon": ["distill.optimizer=muon"],
     "forward_kl, Muon at 0.005": ["distill.optimizer=muon", "distill.muon_learning_rate=0.005"],
+    "forward_kl, Muon at 0.0025": ["distill.optimizer=muon", "distill.muon_learning_rate=0.0025"],
     "forward_kl, T=2": ["distill.objectives=[{temperature: 2, squared: true}]"],
     "reverse_kl": ["distill.objectives=[{objective: reverse_kl}]"],
     "jensen_shannon, beta 0.5": ["distill.objectives=[{objective: jensen_shannon}]"],
@@ -109,12 +111,13 @@ def against_teacher(config: CompressConfig) -> dict[str, Any]:
     from compress.models import load_model
     from compress.parallel import resolve_dtype
 
-    folders = {"teacher": teacher_of(config), "distilled": Path(config.run_dir) / "export"}
-    models = {name: load_model(folder, resolve_dtype(config.compute_dtype)).eval() for name, folder in folders.items()}
-    sets = {
-        name: language_modelling(models, batches) for name, batches in sets_of(config, Path(config.run_dir)).items()
-    }
+    run_dir, dtype = Path(config.run_dir), resolve_dtype(config.compute_dtype)
+    folders = {"teacher": teacher_of(config), "distilled": run_dir / "export"}
+    models = {name: load_model(folder, dtype).eval() for name, folder in folders.items()}
+    sets = {name: language_modelling(models, batches) for name, batches in sets_of(config, run_dir).items()}
+    steps = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
     return {
+        "optimizer_share": statistics.median(step["share_of_seconds"]["optimizer"] for step in steps),
         "distilled": {
             "parameters": sum(p.numel() for p in models["distilled"].parameters()),
             "sets": {name: figures["distilled"] for name, figures in sets.items()},
@@ -143,6 +146,7 @@ def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str],
         **facts,
         "objective": name,
         "seed": seed,
+        "optimizer_share": metrics["optimizer_share"],
         "excess_loss": metrics["excess_loss"],
         "kl_to_teacher": {one: figures["kl_to_teacher"] for one, figures in sets.items()},
         "top1_agreement": {one: figures["top1_agreement"] for one, figures in sets.items()},

@@ -43,11 +43,14 @@ def listening(terms: Sequence[AnyTerm], to_teacher: bool) -> Listening:
     return Listening(frozenset(layers["outputs"]), frozenset(layers["attention"]), embedding)
 
 
-def make_projections(terms: Sequence[AnyTerm], student_width: int, teacher_width: int, seed: int) -> nn.ParameterDict:
+def make_projections(
+    terms: Sequence[AnyTerm], student_width: int, teacher_width: int, seed: int, kept_D: Tensor | None = None
+) -> nn.ParameterDict:
     """One (E, D) matrix without bias for each pair of layers that a term compares, and for the embeddings.
 
-    Terms on the same pair share it. There is none between equal widths. It starts random, about keeping the size of
-    what it maps, and depends on the seed alone.
+    Terms on the same pair share it. There is none between equal widths. It starts by putting each of the student's
+    channels where it was in the teacher, kept_D; without them it starts random, about keeping the size of what it maps,
+    and depends on the seed alone.
     """
     names = set()
     for term in terms:
@@ -58,7 +61,12 @@ def make_projections(terms: Sequence[AnyTerm], student_width: int, teacher_width
     generator = torch.Generator().manual_seed(seed)
     found = nn.ParameterDict()
     for name in sorted(names) if student_width != teacher_width else ():
-        found[name] = nn.Parameter(torch.randn(teacher_width, student_width, generator=generator) * student_width**-0.5)
+        if kept_D is None:
+            start_ED = torch.randn(teacher_width, student_width, generator=generator) * student_width**-0.5
+        else:
+            start_ED = torch.zeros(teacher_width, student_width)
+            start_ED[kept_D, torch.arange(student_width)] = 1.0
+        found[name] = nn.Parameter(start_ED)
     return found
 
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from compress import checkpoint, training_log
 from compress.capture import check_models, listening, make_projections
-from compress.errors import ConfigError, Interrupted, NumericalError
+from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_token
 from compress.folders import read_model
-from compress.inputs import learned_from, open_cache, start_of
+from compress.inputs import kept_channels, learned_from, open_cache, start_of
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
@@ -33,6 +33,7 @@ from compress.progress import track
 from compress.recovery import FORECAST_SHARE, forecast
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
+from compress.signals import check_student
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
 from compress.teacher import CachedTeacher, NoTeacher, OncePerBatch, PreviousSelf, Teacher, overlapping
 from compress.tokens import Ints, TokenBatch, TokenSet
@@ -122,7 +123,7 @@ def _prepare(
     projections = None
     if isinstance(teacher, Teacher):
         widths = model.config.hidden_size, teacher.model.config.hidden_size
-        projections = make_projections(settings.objectives, *widths, config.seed)
+        projections = make_projections(settings.objectives, *widths, config.seed, kept_channels(config, run_dir))
     student = StudentModule(model, projections).train()
     shard(student, decoder_layers(model), mesh, dtype)
     register_fsdp_forward_method(student, "figures")
@@ -148,11 +149,7 @@ def _teacher(
         return shared
     if config.teacher.mode is TeacherMode.cached:
         cache = open_cache(config, run_dir, drawn_sequences(config, run_dir))
-        if student.config.vocab_size < cache.form.vocab_size:
-            raise ConfigError(
-                f"the student's vocab_size={student.config.vocab_size} is less than the {cache.form.vocab_size} of the "
-                "cached teacher, whose padding may have been drawn; set teacher.mode=online"
-            )
+        check_student(student.config.vocab_size, cache.form.vocab_size)
         return CachedTeacher(cache)
     if config.teacher.mode is TeacherMode.previous_self:
         return PreviousSelf()

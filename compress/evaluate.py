@@ -14,7 +14,7 @@ from compress.artifacts import read_json, remedy_for, write_json
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
 from compress.export import folder_name as export_folder
-from compress.inputs import student_of, teacher_of
+from compress.inputs import KEPT, student_of, teacher_of
 from compress.metrics import generation_speed, language_modelling
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import read_items
@@ -46,9 +46,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     metrics: dict[str, Any] = {
         name: {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "weights_bytes": sum(
-                f.stat().st_size for f in folders[name].glob("*.safetensors") if f.name != "kept.safetensors"
-            ),
+            "weights_bytes": sum(f.stat().st_size for f in folders[name].glob("*.safetensors") if f.name != KEPT),
             "sets": {},
         }
         for name, model in models.items()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from compress.architecture import ModelInfo, num_parameters
-from compress.artifacts import fingerprint_path
+from compress.artifacts import fingerprint_path, open_tensors
 from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import teacher_folder, tokenizer_fingerprint, weights_fingerprint
@@ -16,6 +18,7 @@ from compress.settings import CompressConfig
 from compress.signals import SignalCache
 from compress.tokens import Ints, TokenSet
 
+KEPT = "kept.safetensors"  # beside a pruned student's weights: what of its teacher it is
 CORRECTED = Path("correct", "export")  # under run_dir
 MEMORY_SHARE = 0.7  # of what is free may be weights; the rest is activations and the system's
 
@@ -47,6 +50,15 @@ def student_of(config: CompressConfig, run_dir: Path) -> Path:
 def start_of(config: CompressConfig, run_dir: Path) -> Path:
     """The weights that distill starts from: the untrained student, or the search's winner, a little trained."""
     return run_dir / "search" / "winner" if config.search.continue_winner else student_of(config, run_dir)
+
+
+def kept_channels(config: CompressConfig, run_dir: Path) -> Tensor | None:
+    """Which of the teacher's hidden channels this run's own pruning has kept (D',); None where it isn't known."""
+    path = run_dir / "prune" / KEPT
+    if config.distill.init_from or config.prune.source or not path.exists():
+        return None
+    kept_D: Tensor = open_tensors(path).get_tensor("hidden")
+    return kept_D.long()
 
 
 def cached_from(config: CompressConfig, run_dir: Path) -> dict[str, str]:

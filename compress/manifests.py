@@ -33,7 +33,7 @@ from compress.inputs import teacher_of
 from compress.parallel import launched
 from compress.phases import phase_settings
 from compress.progress import about
-from compress.settings import CompressConfig, Stage, set_name
+from compress.settings import CacheKind, CompressConfig, Stage, set_name
 from compress.sources import local_files
 from compress.stages import LATER_KEYS, STAGES, TRAINING_KEYS, left_out, run_dir_of
 
@@ -155,6 +155,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             settings |= _phases_read(config)
         if stage is Stage.cache:
             settings |= _draws_read(config)
+            del settings["cache.k" if config.cache.kind is CacheKind.sample else "cache.num_samples"]
         upstream = {
             before.value: result[before]["fingerprint"] for before in entry.after if before not in left_out(config)
         }

@@ -48,6 +48,7 @@ from compress.parallel import check_compiler, refuse_several_ranks
 from compress.progress import about
 from compress.rules import check, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
+from compress.signals import check_student
 from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
@@ -85,30 +86,11 @@ def run(config: CompressConfig) -> None:
         if table is not None:
             _print(table)
         return
-    _check_places(config)
     chosen = chosen_stages(config)
     expected = expectations(config)
     todo = [stage for stage in chosen if not is_done(config, stage, expected)]
     check_upstream(config, chosen, todo, expected)
-    if Stage.export in todo:
-        export.preflight(config, run_dir, training=Stage.distill in todo)
-    if set(todo) - {Stage.export}:
-        prune.preflight(config)
-        if Stage.score in todo:
-            score.preflight(config)
-        if Stage.search in todo:
-            search.preflight(config)
-        if Stage.cache in todo:
-            cache.preflight(config)
-        elif Stage.distill in todo and config.teacher.mode is TeacherMode.cached and Stage.tokenize not in todo:
-            cache.check(config, run_dir)
-        if Stage.evaluate in todo:
-            evaluate.preflight(config)
-        _check_models(config)
-        if config.distill.compile and Stage.distill in todo:
-            check_compiler("distill.compile")
-        if config.score.compile and Stage.score in todo:
-            check_compiler("score.compile")
+    _preflight(config, run_dir, todo)
     for stage in chosen:
         if stage not in todo:
             log.info("%s: done before, skipped (%s)", stage, run_dir / STAGES[stage].folder(config))
@@ -131,12 +113,42 @@ def run(config: CompressConfig) -> None:
         print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
 
 
+def _preflight(config: CompressConfig, run_dir: Path, todo: list[Stage]) -> None:
+    """Refuse what can be known to fail in any of these stages, before the first one starts."""
+    _check_places(config)
+    if Stage.export in todo:
+        export.preflight(config, run_dir, training=Stage.distill in todo)
+    if set(todo) - {Stage.export}:
+        prune.preflight(config)
+        if Stage.score in todo:
+            score.preflight(config)
+        if Stage.search in todo:
+            search.preflight(config)
+        if Stage.cache in todo:
+            cache.preflight(config)
+        elif Stage.distill in todo and config.teacher.mode is TeacherMode.cached and Stage.tokenize not in todo:
+            cache.check(config, run_dir)
+        if Stage.evaluate in todo:
+            evaluate.preflight(config)
+        _check_models(config)
+        if config.distill.compile and Stage.distill in todo:
+            check_compiler("distill.compile")
+        if config.score.compile and Stage.score in todo:
+            check_compiler("score.compile")
+
+
+def _has_manifest(config: CompressConfig, stage: Stage) -> bool:
+    return (run_dir_of(config) / STAGES[stage].folder(config) / MANIFEST).exists()
+
+
 def _with_teacher_mode(config: CompressConfig, run_dir: Path) -> CompressConfig:
     """teacher.mode=auto decided, once and for all of the run, as soon as its text is tokenized."""
     online = teacher_choice.with_mode(config, TeacherMode.online)
     path = run_dir / teacher_choice.FILE
     if not path.exists():
         if config.stage is Stage.all:
+            left = [stage for stage in chosen_stages(online) if not _has_manifest(online, stage)]
+            _preflight(online, run_dir, left)
             run(dataclasses.replace(online, stage=Stage.tokenize, until=None))
         if config.stage not in (Stage.all, Stage.cache, Stage.distill) or not (run_dir / "tokens" / MANIFEST).exists():
             return online
@@ -274,6 +286,8 @@ def _check_models(config: CompressConfig) -> None:
             check_usable(student, trust)
             check_same_tokenizer(teacher, student, trust)
             check_vocabulary(teacher, student, trust)
+            if config.teacher.mode is TeacherMode.cached and key == "distill.init_from":
+                check_student(read_config(student, trust).shape.vocab_size, vocabulary)
         except ConfigError as error:
             raise ConfigError(f"{key}={student}: {error}") from error
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from compress.artifacts import MANIFEST, fingerprint_path, open_tensors, read_json, save_tensors, write_json
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.models import OutputHead, logits_of
 from compress.objectives.chunked import SparseSignal, tokens_per_chunk
 from compress.objectives.forward_kl import block_rows
@@ -245,6 +245,15 @@ def write_index(folder: Path, form: Form, made_from: dict[str, str], files: Sequ
     shards = [{"file": file, "fingerprint": fingerprint_path(folder / file)} for file in files]
     facts = {"format_version": FORMAT_VERSION, **asdict(form), "made_from": made_from}
     write_json(folder / INDEX, {**facts, "shards": shards})
+
+
+def check_student(vocab_size: int, cached: int) -> None:
+    """Raise ConfigError for a student that lacks rows which a sample may have been drawn from."""
+    if vocab_size < cached:
+        raise ConfigError(
+            f"the student's vocab_size={vocab_size} is less than the {cached} of the cached teacher, whose padding may "
+            "have been drawn; set teacher.mode=online"
+        )
 
 
 class SignalCache:

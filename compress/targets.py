@@ -16,7 +16,7 @@ from compress.compensation import compensated_weights, moment_bytes, stream_comp
 from compress.depth import removal_reach
 from compress.errors import ArtifactError, ConfigError
 from compress.families import PRUNABLE, Shape
-from compress.inputs import streams
+from compress.inputs import KEPT, streams
 from compress.merging import merged_weights
 from compress.models import load_model
 from compress.parallel import resolve_dtype
@@ -27,7 +27,7 @@ from compress.shapes import Grid, Limit, active_limit, memory_limit, non_embeddi
 from compress.slicing import MAX_SHARD_BYTES, Kept, largest_layer_bytes, slice_checkpoint
 from compress.tokens import TokenSet
 
-KEPT, ADAPTERS = "kept.safetensors", "adapters"
+ADAPTERS = "adapters"
 SEARCH_REPORT = "report.json"
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import FAST, Run
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from compress import cache as stage
 from compress import distill
@@ -449,6 +450,18 @@ def test_what_a_cache_can_serve_is_taken() -> None:
     load_config(*FAST, *SMALL, "cache.kind=top_k", "distill.objectives=[{objective: top_k_kl}]")
 
 
+def test_a_student_without_the_padding_that_is_cached_is_refused_before_anything_is_written(
+    run: Run, teacher_source: Path, tmp_path: Path
+) -> None:
+    padded = Path(shutil.copytree(teacher_source, tmp_path / "padded"))
+    model = AutoModelForCausalLM.from_pretrained(padded)
+    model.resize_token_embeddings(528)
+    model.save_pretrained(padded)
+    with pytest.raises(ConfigError, match=r"distill.init_from=.*vocab_size=512 is less than the 528 of the cached"):
+        run(*SMALL, f"teacher.path={padded}", f"distill.init_from={teacher_source}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_k_above_the_vocabulary_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=r"cache.k=513 must be within 1 and vocab_size=512 of the teacher"):
         run(*SMALL, "cache.kind=top_k", "cache.k=513", "distill.objectives=[{objective: top_k_kl}]")
@@ -481,6 +494,7 @@ def test_a_whole_run_on_a_cache(
     assert "cache" in capsys.readouterr().out
     run("stage=status")
     assert " cache " not in capsys.readouterr().out
+    run(*SMALL, "cache.k=7")  # not of this kind
     with pytest.raises(ArtifactError, match=r"cache.num_samples was 12, is now 20"):
         run(*SMALL, "cache.num_samples=20")
     with pytest.raises(ArtifactError, match=r"teacher.mode was cached, is now online"):

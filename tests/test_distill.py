@@ -191,6 +191,18 @@ def test_projections_train_resume_exactly_and_are_not_exported(narrow: Path, tmp
         assert torch.equal(tensor, expected[f"model/model.{name}"]), name
 
 
+def test_projections_start_where_the_kept_channels_were(narrow: Path, tmp_path: Path) -> None:
+    """At the first step nearer to the teacher than the random start of a student whose origin isn't known."""
+    known, unknown = _copy(narrow, tmp_path / "known"), _copy(narrow, tmp_path / "unknown")
+    (unknown / "run" / "prune" / "kept.safetensors").unlink()
+    _train(known, *INSIDE)
+    _train(unknown, *INSIDE)
+    ours, theirs = (_rows(folder)[0]["terms"] for folder in (known, unknown))
+    assert ours["forward_kl"] == theirs["forward_kl"]
+    assert ours["hidden_cosine"] < 0.7 * theirs["hidden_cosine"]
+    assert ours["embedding_mse"] < 0.7 * theirs["embedding_mse"]
+
+
 def test_a_layer_that_is_not_there_is_refused_before_any_work(upstream: Path, tmp_path: Path) -> None:
     folder = _copy(upstream, tmp_path / "a")
     shutil.rmtree(folder / "run" / "score")

@@ -438,6 +438,12 @@ def test_projections_depend_on_the_seed_alone_and_exist_only_between_widths() ->
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["embedding"], make_projections(EVERY, 16, 32, seed=4)["embedding"])
     assert not list(make_projections(EVERY, 32, 32, seed=3))
+    kept = torch.randperm(32)[:16]
+    hidden = torch.randn(5, 32)
+    for start in make_projections(EVERY, 16, 32, seed=3, kept_D=kept).values():
+        mapped = hidden[:, kept] @ start.T
+        assert torch.equal(mapped[:, kept], hidden[:, kept])
+        assert mapped.count_nonzero() == 5 * 16
     assert not list(make_projections([Term("forward_kl"), Term("minilm_value")], 16, 32, seed=3))
 
 

@@ -44,6 +44,12 @@ def test_the_choice_is_said_kept_and_trained_by(run: Run, tmp_path: Path, caplog
     run(*AGAIN, f"teacher.mode={made['mode']}", f"run_dir={tmp_path / 'auto'}")  # is the same run
 
 
+def test_what_must_be_refused_is_refused_before_the_text_is_tokenized(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not kept"):
+        run(*AGAIN, "teacher.mode=auto", "export.step=5")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
