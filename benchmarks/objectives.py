@@ -42,6 +42,12 @@ CONTENDERS: dict[str, list[str]] = {
     "forward_kl, Muon": ["distill.optimizer=muon"],
     "forward_kl, Muon at 0.005": ["distill.optimizer=muon", "distill.muon_learning_rate=0.005"],
     "forward_kl, Muon at 0.0025": ["distill.optimizer=muon", "distill.muon_learning_rate=0.0025"],
+    "forward_kl, corrected teacher": [
+        "correct.num_tokens=24576",
+        "correct.trial_tokens=12288",
+        "correct.learning_rate=1e-4",
+        "correct.min_gain=0",
+    ],
     "forward_kl, T=2": ["distill.objectives=[{temperature: 2, squared: true}]"],
     "reverse_kl": ["distill.objectives=[{objective: reverse_kl}]"],
     "jensen_shannon, beta 0.5": ["distill.objectives=[{objective: jensen_shannon}]"],

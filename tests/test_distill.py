@@ -151,6 +151,22 @@ INSIDE = (
 )
 
 
+def test_a_loss_of_labels_alone_loads_no_teacher_and_trains_as_with_one(
+    upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless validation asks it."""
+    settings = "distill.objectives=[{objective: cross_entropy}]"
+    without, asked = _copy(upstream, tmp_path / "without"), _copy(upstream, tmp_path / "asked")
+    opened: list[Path] = []
+    load = distill.load_model
+    monkeypatch.setattr(distill, "load_model", lambda path, *rest: opened.append(Path(path)) or load(path, *rest))
+    alone = _train(without, settings)
+    assert opened == [without / "run" / "prune"]
+    validated = _train(asked, settings, "distill.validate_steps=4", "distill.validate_tokens=512")
+    assert len(opened) == 3
+    assert all(torch.equal(tensor, validated[name]) for name, tensor in alone.items())
+
+
 @pytest.fixture(scope="module")
 def narrow(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, its student narrower than its teacher."""
