@@ -54,16 +54,16 @@ def make_cache(config: CompressConfig) -> dict[str, Any]:
     import torch
 
     from compress import pipeline
-    from compress.distill import training_order
     from compress.settings import Stage
     from compress.signals import Said, SignalCache, pack
+    from compress.tokens import TokenSet
 
     for stage in (Stage.tokenize, Stage.cache):
         began = time.perf_counter()
         pipeline.run(dataclasses.replace(config, stage=stage))
     run_dir = Path(config.run_dir)
     report: dict[str, Any] = json.loads((run_dir / "cache" / "report.json").read_text())
-    cache, (data, _) = SignalCache(run_dir / "cache"), training_order(config, run_dir)
+    cache, data = SignalCache(run_dir / "cache"), TokenSet.open(run_dir / "tokens" / "train")
     form, size, count = dataclasses.replace(cache.form, vocab_size=LARGE_VOCABULARY), 0, 0
     for index in cache.indices[:16].tolist():
         signal = cache.read(data.batch([index]))
@@ -78,23 +78,25 @@ def unbiasedness(config: CompressConfig, student: Path, num_tokens: int, draws: 
     import numpy as np
     import torch
 
-    from compress.distill import training_order
     from compress.inputs import teacher_of
     from compress.models import load_model, output_head
     from compress.objectives.chunked import DenseSignal, Signal, SparseSignal, Targets, chunked_loss
     from compress.objectives.terms import Term
     from compress.signals import Form, keys_of, pack, say, unpack
     from compress.step import trunk
+    from compress.tokens import TokenSet
+    from compress.training import drawn_sequences
 
     run_dir = Path(config.run_dir)
-    data, order = training_order(config, run_dir)
-    batch = data.batch(order.indices(0, 1))
+    data, drawn = TokenSet.open(run_dir / "tokens" / "train"), drawn_sequences(config, run_dir)
+    batch = data.batch(drawn[:1])
     with torch.no_grad():
         hidden, heads = [], []
         for folder in (teacher_of(config), student):
             model = load_model(folder, torch.float32).eval().requires_grad_(False)
             hidden.append(trunk(model, batch)[batch.loss_mask][:num_tokens])
-            heads.append(output_head(model).detached_copy())
+            head = output_head(model)
+            heads.append(dataclasses.replace(head, weight_VD=head.weight_VD.detach().clone()))
     generator = torch.Generator().manual_seed(0)
     weight_VD = heads[1].weight_VD
     along = [
@@ -156,19 +158,19 @@ class Held:
 def speed(config: CompressConfig, folder: Path, rounds: int, warmup: int) -> dict[str, Any]:
     import torch
 
-    from compress.distill import training_order
     from compress.inputs import open_cache, teacher_of
     from compress.models import decoder_layers, load_model
     from compress.objectives.terms import Term
     from compress.parallel import resolve_dtype, shard, single_process_mesh
     from compress.step import StudentModule, accumulate_gradients
     from compress.teacher import CachedTeacher, Teacher
-    from compress.training import optimizer_of
+    from compress.tokens import TokenSet
+    from compress.training import drawn_sequences, optimizer_of
 
     run_dir, dtype = Path(config.run_dir), resolve_dtype(config.compute_dtype)
-    data, order = training_order(config, run_dir)
-    batches = [data.batch(order.indices(n, n + SEQUENCES)) for n in range(0, order.num_sequences_total, SEQUENCES)]
-    cached, online = CachedTeacher(open_cache(config, run_dir, order)), Teacher(load_model(teacher_of(config), dtype))
+    data, drawn = TokenSet.open(run_dir / "tokens" / "train"), drawn_sequences(config, run_dir)
+    batches = [data.batch(drawn[n : n + SEQUENCES]) for n in range(0, len(drawn), SEQUENCES)]
+    cached, online = CachedTeacher(open_cache(config, run_dir, drawn)), Teacher(load_model(teacher_of(config), dtype))
     seconds: dict[str, list[float]] = {name: [] for name in ("cached", "constant", "hidden", "online")}
     names = list(seconds)
     with single_process_mesh() as mesh:
@@ -178,7 +180,7 @@ def speed(config: CompressConfig, folder: Path, rounds: int, warmup: int) -> dic
         optimizer = optimizer_of(student, config.distill)
         for number in range(warmup + rounds):
             batch = batches[number % len(batches)]
-            teachers = {"cached": cached, "constant": Held(cached.signal(batch)),
+            teachers: dict[str, Any] = {"cached": cached, "constant": Held(cached.signal(batch)),
                         "hidden": Held(online.signal(batch)), "online": online}  # fmt: skip
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:

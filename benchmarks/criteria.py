@@ -111,6 +111,7 @@ def alone(run_dir: Path, settings: Sequence[str]) -> dict[str, dict[str, float]]
     """For each of ALONE, the KL of the untrained model that each width criterion would leave."""
     from dataclasses import replace
 
+    from compress.architecture import with_sizes
     from compress.config import load_config
     from compress.folders import read_model
     from compress.inputs import source_of
@@ -127,7 +128,7 @@ def alone(run_dir: Path, settings: Sequence[str]) -> dict[str, dict[str, float]]
     tokens = TokenSet.open(run_dir / "tokens" / "calibration")
     batches = [tokens.batch(group) for group in tokens.spread(16, 4)]
     return {
-        name: compare_criteria(model, batches, importance, info.shape, replace(info.shape, **sizes))["width"]["kl"]
+        name: compare_criteria(model, batches, importance, info.shape, with_sizes(info.shape, sizes))["width"]["kl"]
         for name, sizes in ALONE.items()
     }
 
@@ -274,12 +275,12 @@ def show(result: dict[str, Any]) -> None:
         for dataset in rows[0]["sets"]:
             before = rows[0]["sets"][dataset]["pruned"]
             after = [row["sets"][dataset]["distilled"] for row in rows]
-            figures = [f"{before['kl_to_teacher']:.3f}", f"{before['perplexity']:.1f}"]
+            cells = [f"{before['kl_to_teacher']:.3f}", f"{before['perplexity']:.1f}"]
             for key, digits in (("kl_to_teacher", 3), ("perplexity", 1), ("excess_loss", 3)):
-                values = [row[key] for row in after]
+                values = [float(row[key]) for row in after]
                 span = f"{min(values):.{digits}f}..{max(values):.{digits}f}"
-                figures.append(f"{statistics.median(values):.{digits}f} ({span})")
-            table.add_row(name, f"{rows[0]['parameters']:,}", dataset, *figures)
+                cells.append(f"{statistics.median(values):.{digits}f} ({span})")
+            table.add_row(name, f"{rows[0]['parameters']:,}", dataset, *cells)
     console.print(table)
 
 

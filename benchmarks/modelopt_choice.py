@@ -61,15 +61,15 @@ def cuda_means_cpu() -> Any:
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    gather = dist.all_gather_into_tensor
+    gather: Any = dist.all_gather_into_tensor
 
     def gather_scalar(output: Any, single: Any, *args: Any, **kwargs: Any) -> Any:
         return gather(output, single.reshape(1) if single.dim() == 0 else single, *args, **kwargs)
 
-    dist.all_gather_into_tensor = gather_scalar  # gloo refuses a tensor without dimensions
+    dist.all_gather_into_tensor = gather_scalar  # type: ignore[assignment]  # gloo refuses a tensor without dimensions
     mode = Mode()
     mode.__enter__()
     return mode

@@ -45,8 +45,9 @@ def config_of(sizes: tuple[int, ...], vocabulary: int) -> Any:
     from transformers import LlamaConfig
 
     heads = LLAMA_8B[3] if sizes[3] == LLAMA_8B[3] else sizes[3]
+    named: dict[str, Any] = dict(zip(NAMES, sizes, strict=True))
     return LlamaConfig(
-        **dict(zip(NAMES, sizes, strict=True)), vocab_size=vocabulary, tie_word_embeddings=False,
+        **named, vocab_size=vocabulary, tie_word_embeddings=False,
         head_dim=128 if sizes[3] == 32 else sizes[0] // heads,
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def tracked(name: str, length: int) -> dict[str, Any]:
         def forward(self, batch: TokenBatch) -> Tensor:
             return trunk(self.model, batch)[batch.loss_mask]
 
-    FakeTensor.item = lambda _self: 1.0  # the gradient of the loss, whose value says nothing of sizes
+    FakeTensor.item = lambda _self: 1.0  # type: ignore[method-assign,assignment]  # the gradient of the loss, whose value says nothing of sizes
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     with FakeTensorMode(allow_non_fake_inputs=True):

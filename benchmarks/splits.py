@@ -97,10 +97,10 @@ def main() -> None:
         for masked in (False, True):
             whole = load_file(Path(folder) / f"{masked}-8-1-1.safetensors")
             for path in sorted(Path(folder).glob(f"{masked}-*")):
-                micro, accumulated, size = path.stem.split("-")[1:]
+                micro, accumulated, ranks = path.stem.split("-")[1:]
                 split = load_file(path)
                 worst = max(float((split[n] - whole[n]).norm() / whole[n].norm()) for n in whole)
-                name = f"{micro} x {accumulated} x {size} rank{'s' if size != '1' else ''}"
+                name = f"{micro} x {accumulated} x {ranks} rank{'s' if ranks != '1' else ''}"
                 rows[name + (", the first half masked" if masked else "")] = worst
     write_result(options.output, {"machine": machine(), "objectives": OBJECTIVES, "relative_l2": rows})
     for name, worst in rows.items():
