@@ -1,6 +1,6 @@
 """Stage correct: train the teacher on the distillation text before it is distilled from, where that helps.
 
-Minitron's teacher correction (arXiv 2408.11796, sections 3 and 5): a teacher whose own training data was different
+Minitron's teacher correction (arXiv 2408.11796): a teacher whose own training data was different
 guides a student less well on this text. The first tokens are a trial, whose gain on the validation sets tells whether
 the rest is worth its time; figures of the student are against the original teacher all the same.
 """

@@ -46,7 +46,7 @@ from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import needs_hidden_states
 from compress.parallel import check_compiler, refuse_several_ranks
 from compress.progress import about
-from compress.rules import check, round_config, sibling_config
+from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
 from compress.signals import check_student
 from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
@@ -101,6 +101,8 @@ def run(config: CompressConfig) -> None:
         run_stage(config, run_dir, Stage.tokenize, expected)
     if Stage.distill in todo:
         check_training_data(config, run_dir)  # refuses data that can't be trained on before the scoring
+    if Stage.correct in todo:
+        check_training_data(correction_config(config, str(teacher_of(config))), run_dir)
     for stage in todo:
         if stage is not Stage.tokenize:
             run_stage(config, run_dir, stage, expected)
