@@ -148,6 +148,8 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
             reads += ("export.dtype",)
         if stage is Stage.search and config.search.num_tokens:
             reads += ("data.train[*].weight", *(key for key in TRAINING_KEYS if key not in LATER_KEYS))
+        if stage is Stage.correct:
+            reads += ("distill.validate_tokens",)  # that its trial is judged on
         if stage is Stage.distill and config.distill.stop_slope is not None:
             reads += ("distill.validate_steps", "distill.validate_tokens", "distill.stop_validations")
         settings = {key: _look_up(plain, key) for key in reads}

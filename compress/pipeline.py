@@ -221,21 +221,22 @@ def _run_siblings(config: CompressConfig) -> None:
         run(dataclasses.replace(one, until=before))
     if config.until in order:
         return
+    shared = [Stage.correct] if config.until is Stage.correct else [Stage.correct, Stage.cache]
     with contextlib.ExitStack() as stack:
         training = []
         for one, run_dir, expected in planned:
-            for stage in (Stage.correct, Stage.cache):
+            for stage in shared:
                 if run_dir != first:
                     link(run_dir / stage, first / stage)
                 if stage not in left_out(one) and not is_done(one, stage, expected):
                     run_stage(one, run_dir, stage, expected)
-            if config.until is Stage.cache or is_done(one, Stage.distill, expected):
+            if config.until in shared or is_done(one, Stage.distill, expected):
                 continue
             if stack.enter_context(books(one, run_dir, Stage.distill, expected)):
                 training.append((one, run_dir))
         if training:
             distill.run_together(training)
-    for one in members if config.until is not Stage.cache else ():
+    for one in members if config.until not in shared else ():
         run(one)
 
 

@@ -76,8 +76,7 @@ STAGES: dict[Stage, StageEntry] = {
     Stage.correct: StageEntry(
         correct.run,
         (Stage.tokenize,),
-        ("seed", "compute_dtype", "data.train[*].weight", "correct", "export.dtype", "distill.validate_tokens",
-         *_CORRECTION_KEYS),
+        ("seed", "compute_dtype", "data.train[*].weight", "correct", "export.dtype", *_CORRECTION_KEYS),
         lambda _: "correct",
         "distill/checkpoints",
     ),

@@ -77,6 +77,7 @@ def test_a_trial_that_gains_too_little_leaves_the_teacher(
     assert "less than correct.min_gain=1, so it stays as it is" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_correction_goes_on(
     run: Run, finished: Path, spawn: Callable[..., Popen[str]], tmp_path: Path
 ) -> None:
@@ -99,6 +100,19 @@ def test_a_killed_correction_goes_on(
     run(*settings, f"run_dir={alone}")
     ours, theirs = (load_file(folder / "correct" / "export" / "model.safetensors") for folder in (finished, alone))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_siblings_share_one_correction(run: Run, tmp_path: Path) -> None:
+    members = "siblings=[{name: a, prune: {num_hidden_layers: 3}}, {name: b, prune: {num_hidden_layers: 2}}]"
+    both = ("prune.num_hidden_layers=null", "prune.intermediate_size=null", members)
+    run(*CORRECT, *both, "until=correct")
+    folder = tmp_path / "run"
+    assert (folder / "a" / "correct" / "export").is_dir()
+    assert (folder / "b" / "correct").is_symlink()
+    assert not list(folder.glob("*/distill"))
+    run(*CORRECT, *both, "until=distill")
+    run(*CORRECT, "prune.intermediate_size=null", "until=distill", f"run_dir={tmp_path / 'alone'}")
+    assert _logged(folder / "a") == _logged(tmp_path / "alone")
 
 
 @pytest.mark.parametrize(

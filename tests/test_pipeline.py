@@ -29,7 +29,7 @@ from compress.pipeline import STAGES
 from compress.settings import CompressConfig, Stage, set_name
 
 # The search runs with search.num_candidates, the cache with teacher.mode=cached.
-RUN = [stage for stage in STAGES if stage not in (Stage.search, Stage.cache)]
+RUN = [stage for stage in STAGES if stage not in (Stage.search, Stage.correct, Stage.cache)]
 FOLDERS = ["tokens", "score", "prune", "distill", "export", "evaluate"]
 
 
