@@ -1,9 +1,9 @@
 """Two students in one teacher pass: seconds of the distill stage over those of two runs, reckoned from three.
 
-    python -m benchmarks.siblings                   # from the repository's root, on an idle machine; about 8 min
+    python -m benchmarks.siblings                   # from the repository's root, on an idle machine; about 10 min
 
-SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, 4,096 tokens each (steps of 2x512). Alternating: both
-together, each alone. The issue's yardstick is 1.05x of (teacher + student 1 + student 2) over (2 teachers + student 1 +
+SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, 12,288 tokens each (12 steps of 2x512, the
+first left out; a figure is the median step's). Alternating: both together, each alone. The issue's yardstick is 1.05x of (teacher + student 1 + student 2) over (2 teachers + student 1 +
 student 2): the teacher's own seconds of a step are logged by each run, so what two runs would take with one teacher is
 (run 1 + run 2 - one teacher), and together may take 1.05x of that.
 """
@@ -32,15 +32,16 @@ PRUNING = {"short": "num_hidden_layers: 20", "narrow": "intermediate_size: 864"}
 def settings_of(run_dir: Path, extra: list[str]) -> list[str]:
     cleared = ["removed_layers", "intermediate_size"]
     return [
-        f"recipe={RECIPE}", f'run_dir="{run_dir}"', "distill.num_tokens=4096", "score.num_sequences=16",
+        f"recipe={RECIPE}", f'run_dir="{run_dir}"', "distill.num_tokens=12288", "score.num_sequences=16",
         "prune.compensate=false", *[f"prune.{key}=null" for key in cleared], *extra,
     ]  # fmt: skip
 
 
 def seconds_of(folder: Path) -> tuple[float, float]:
-    """(of all steps but the first, which warms up; the teacher's of them)."""
+    """(of the median step, without the first, which warms up; the teacher's in it)."""
     rows = [json.loads(line) for line in (folder / "distill" / "metrics.jsonl").read_text().splitlines()][1:]
-    return sum(row["seconds"] for row in rows), sum(row["seconds"] * row["share_of_seconds"]["teacher"] for row in rows)
+    seconds = statistics.median(row["seconds"] for row in rows)
+    return seconds, statistics.median(row["seconds"] * row["share_of_seconds"]["teacher"] for row in rows)
 
 
 def train(run_dir: Path, members: list[str], extra: list[str]) -> dict[str, tuple[float, float]]:
@@ -75,8 +76,8 @@ def main() -> None:
         two_runs = sum(row["seconds"] for row in alone)
         teacher = statistics.mean(row["teacher"] for row in alone)
         found |= {"together": together, "two runs": two_runs, "over one teacher less": together / (two_runs - teacher)}
-        print(f"round {number + 1}: together {together:.1f} s, two runs {two_runs:.1f} s, of it the teacher's "
-              f"{2 * teacher:.1f} s", flush=True)  # fmt: skip
+        print(f"round {number + 1}: a step together {together:.2f} s, of two runs {two_runs:.2f} s, of it the teacher's "
+              f"{2 * teacher:.2f} s", flush=True)  # fmt: skip
     ratio = spread([found["over one teacher less"] for found in rounds])
     saved = spread([found["together"] / found["two runs"] for found in rounds])
     write_result(options.output, {"machine": machine(), "rounds": rounds, "over_ideal": ratio, "over_two_runs": saved})
