@@ -2,10 +2,10 @@
 
     python -m benchmarks.siblings                   # from the repository's root, on an idle machine; about 10 min
 
-SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, 12,288 tokens each (12 steps of 2x512, the
-first left out; a figure is the median step's). Alternating: both together, each alone. The issue's yardstick is 1.05x of (teacher + student 1 + student 2) over (2 teachers + student 1 +
-student 2): the teacher's own seconds of a step are logged by each run, so what two runs would take with one teacher is
-(run 1 + run 2 - one teacher), and together may take 1.05x of that.
+SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, 12,288 tokens each (12 steps of 2x512, the first left
+out; a figure is the median step's). Alternating: both together, each alone. The issue's yardstick is 1.05x of (teacher +
+student 1 + student 2) over (2 teachers + student 1 + student 2): the teacher's own seconds of a step are logged by each
+run, so what two runs would take with one teacher is (run 1 + run 2 - one teacher), and together may take 1.05x of that.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ def main() -> None:
         two_runs = sum(row["seconds"] for row in alone)
         teacher = statistics.mean(row["teacher"] for row in alone)
         found |= {"together": together, "two runs": two_runs, "over one teacher less": together / (two_runs - teacher)}
-        print(f"round {number + 1}: a step together {together:.2f} s, of two runs {two_runs:.2f} s, of it the teacher's "
-              f"{2 * teacher:.2f} s", flush=True)  # fmt: skip
+        print(
+            f"round {number + 1}: a step together {together:.2f} s, of two runs {two_runs:.2f} s, the teacher's of "
+            f"them {2 * teacher:.2f} s",
+            flush=True,
+        )
     ratio = spread([found["over one teacher less"] for found in rounds])
     saved = spread([found["together"] / found["two runs"] for found in rounds])
     write_result(options.output, {"machine": machine(), "rounds": rounds, "over_ideal": ratio, "over_two_runs": saved})
