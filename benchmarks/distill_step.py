@@ -1,7 +1,7 @@
 """A distillation step: this project, a plain full-logits loop, TRL 1.16's GKDTrainer and ModelOpt 0.47's KDTrainer.
 
-    python -m benchmarks.distill_step                      # from the repository's root, on a machine with nothing else
-    python -m benchmarks.distill_step --rounds 1 --steps 2 # does it run
+    python -m benchmarks.distill_step            # from the repository's root, on a machine with nothing else; 15 min
+    python -m benchmarks.distill_step --steps 2  # does it run
 
 Teacher SmolLM2-135M-Instruct (bf16), student its first 20 layers (99.1 M parameters, fp32 master weights), 4 sequences
 of 512 tokens a step, bf16 compute, forward KL at temperature 1, gradient clipping at 1, AdamW, 2 threads, glibc's huge
@@ -16,10 +16,10 @@ carry loss for everybody. The contenders:
             own under the cache folder, made at the first run
     modelopt  KDTrainer, logits alone at temperature 1, the same way
 
-Each runs in a process of its own per round, and the rounds are interleaved with a rotating order, so that a
-disturbance meets all of them. A figure is the median over all timed steps, min and max beside it; `ratio` divides the
-medians and its range is over the rounds. Memory is the peak of RssAnon above what the imports left; `above` is what
-of it is beyond both models' weights and AdamW's moments, which everybody needs. The first step's
+Each runs in a process of its own, three at a time, and they take turns step by step, in a rotating order, so that a
+disturbance meets all of them. Speeds are medians over all timed steps, min and max beside them; a ratio is the median
+over the turns of (their seconds / ours), its range the quartiles. Memory is the peak of RssAnon above what the imports
+left; `above` is what of it is beyond both models' weights and AdamW's moments, which everybody needs. The first step's
 losses must agree to 2 %, or the contenders did not do the same work and nothing is written. CPU seconds are only for
 orientation on a machine that others use: `--threads 1` compares them without threads that wait for each other.
 """
@@ -62,7 +62,7 @@ from benchmarks.trainers import (
 )
 
 # `ours` with distill.compile=true, `eager` without it; plain and TRL as people run them.
-CONTENDERS = ("ours", "eager", "plain", "trl", "modelopt")
+CONTENDERS = ("ours", "trl", "modelopt", "eager", "plain")
 PEERS = {"trl": ("trl-1.16.0", TRL_PACKAGES), "modelopt": ("modelopt-0.47.0", MODELOPT_PACKAGES)}
 LAYERS = 20
 LOSS_TOLERANCE = 0.02
@@ -205,50 +205,86 @@ def prepare(work: Path, cache: Path, num_rows: int) -> None:
         save_file({"input_ids": ids}, tokens)
 
 
-def run_worker(python: str, name: str, work: Path, warmup: int, steps: int, threads: int) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
-    }
-    (work / f"{name}.json").unlink(missing_ok=True)
-    command = [python, "-m", "benchmarks.distill_step", "--worker", name, "--work", str(work)]
-    command += ["--warmup", str(warmup), "--steps", str(steps)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise SystemExit(f"{name} failed ({result.returncode}):\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads((work / f"{name}.json").read_text())
-    return found
+class Worker:
+    """A contender's process, which waits for its turns."""
 
-
-def summarise(rounds: list[dict[str, dict[str, Any]]], contenders: list[str]) -> dict[str, Any]:
-    tokens = SEQUENCES * LENGTH
-    table: dict[str, Any] = {}
-    medians: dict[str, list[float]] = {}
-    for name in contenders:
-        runs = [one[name] for one in rounds]
-        speeds = [[tokens / seconds for seconds in run["seconds"]] for run in runs]
-        medians[name] = [statistics.median(speed) for speed in speeds]
-        table[name] = {
-            "tokens_per_second": spread([value for speed in speeds for value in speed]),
-            "tokens_per_second_of_rounds": medians[name],
-            "cpu_seconds_per_step": statistics.median([seconds for run in runs for seconds in run["cpu_seconds"]]),
-            "peak_rss_anon_bytes": max(run["peak_rss_anon_bytes"] for run in runs),
-            "above_allocated_bytes": max(run["peak_rss_anon_bytes"] for run in runs) - ALLOCATED_BYTES,
-            "first_loss": runs[0]["first_loss"],
-            "last_loss": runs[0]["last_loss"],
+    def __init__(self, python: str, name: str, work: Path, warmup: int, steps: int, threads: int) -> None:
+        self.name, self._result = name, work / f"{name}.json"
+        their_turn, self._turn = os.pipe()
+        self._over, their_over = os.pipe()
+        environment = {
+            **os.environ,
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": str(ROOT),
+            "TURNS": f"{their_turn} {their_over}",
         }
+        self._result.unlink(missing_ok=True)
+        command = [python, "-m", "benchmarks.distill_step", "--worker", name, "--work", str(work)]
+        command += ["--warmup", str(warmup), "--steps", str(steps)]
+        self._log = work / f"{name}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, pass_fds=(their_turn, their_over)
+            )
+        for end in (their_turn, their_over):
+            os.close(end)
+        self.wait()  # until it stands before its first step
+
+    def wait(self) -> None:
+        if not os.read(self._over, 1):
+            self._process.wait()
+            said = self._log.read_text(errors="replace")[-4000:]
+            raise SystemExit(f"{self.name} failed ({self._process.returncode}):\n{said}")
+
+    def step(self) -> None:
+        os.write(self._turn, b".")
+        self.wait()
+
+    def result(self) -> dict[str, Any]:
+        os.close(self._turn)  # there is no other turn: it ends
+        self._process.wait()
+        found: dict[str, Any] = json.loads(self._result.read_text())
+        return found
+
+
+def take_turns(workers: list[Worker], turns: int) -> dict[str, dict[str, Any]]:
+    for turn in range(turns):
+        shift = turn % len(workers)
+        for worker in workers[shift:] + workers[:shift]:
+            worker.step()
+    return {worker.name: worker.result() for worker in workers}
+
+
+def summarise(groups: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    tokens = SEQUENCES * LENGTH
+    runs: dict[str, list[dict[str, Any]]] = {}
+    turns: dict[str, list[float]] = {}
+    for group in groups:
+        for name, run in group.items():
+            runs.setdefault(name, []).append(run)
+            if name != "ours" and "ours" in group:
+                pairs = zip(run["seconds"], group["ours"]["seconds"], strict=True)
+                turns.setdefault(name, []).extend(theirs / ours for theirs, ours in pairs)
+    table = {
+        name: {
+            "tokens_per_second": spread([tokens / seconds for run in found for seconds in run["seconds"]]),
+            "cpu_seconds_per_step": statistics.median([seconds for run in found for seconds in run["cpu_seconds"]]),
+            "peak_rss_anon_bytes": max(run["peak_rss_anon_bytes"] for run in found),
+            "above_allocated_bytes": max(run["peak_rss_anon_bytes"] for run in found) - ALLOCATED_BYTES,
+            "first_loss": found[0]["first_loss"],
+            "last_loss": found[0]["last_loss"],
+        }
+        for name, found in runs.items()
+    }
     ratios = {}
-    for name in contenders:
-        if name != "ours" and "ours" in contenders:
-            per_round = [ours / theirs for ours, theirs in zip(medians["ours"], medians[name], strict=True)]
-            whole = table["ours"]["tokens_per_second"]["median"] / table[name]["tokens_per_second"]["median"]
-            ratios[f"ours/{name}"] = {"ratio": whole, "min": min(per_round), "max": max(per_round)}
+    for name, found in turns.items():
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        ratios[f"ours/{name}"] = {"ratio": middle, "low": low, "high": high, "turns": len(found)}
     return {"contenders": table, "ratios": ratios}
 
 
@@ -275,18 +311,17 @@ def show(summary: dict[str, Any], threads: int) -> None:
             f"{row['peak_rss_anon_bytes'] / 1e9:.2f}",
             f"{row['above_allocated_bytes'] / 1e9:.2f}",
             f"{row['first_loss']:.4f}",
-            f"{ratio['ratio']:.2f}x ({ratio['min']:.2f}..{ratio['max']:.2f})" if ratio else "",
+            f"{ratio['ratio']:.2f}x ({ratio['low']:.2f}..{ratio['high']:.2f})" if ratio else "",
         )
     Console(width=120).print(result)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps of each process")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[1:], default=list(CONTENDERS[1:]))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="teacher, text, TRL's environment")
     parser.add_argument("--output", type=Path, default=RESULTS / "distill_step.json")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -298,23 +333,20 @@ def main() -> None:
     cache = options.cache.resolve()
     work = cache / "benchmarks" / "distill_step"
     prepare(work, cache, (options.warmup + options.steps) * SEQUENCES)
-    pythons = {
-        name: peer_python(cache, *PEERS[name]) if name in PEERS else sys.executable for name in options.contenders
-    }
     before = machine()
-    rounds: list[dict[str, dict[str, Any]]] = []
-    for number in range(options.rounds):
-        shift = number % len(options.contenders)
-        found = {}
-        for name in options.contenders[shift:] + options.contenders[:shift]:
-            found[name] = run_worker(pythons[name], name, work, options.warmup, options.steps, options.threads)
-            speed = SEQUENCES * LENGTH / statistics.median(found[name]["seconds"])
-            print(f"round {number + 1} of {options.rounds}: {name} {speed:.0f} tokens/s", flush=True)
-        rounds.append(found)
-    summary = summarise(rounds, options.contenders)
+    groups: list[dict[str, dict[str, Any]]] = []
+    for first in range(0, len(options.contenders), 2):  # and ours: as many as memory has room for
+        workers = []
+        for name in ["ours", *options.contenders[first : first + 2]]:
+            python = peer_python(cache, *PEERS[name]) if name in PEERS else sys.executable
+            workers.append(Worker(python, name, work, options.warmup, options.steps, options.threads))
+        groups.append(take_turns(workers, options.warmup + options.steps))
+        for name, run in groups[-1].items():
+            print(f"{name}: {SEQUENCES * LENGTH / statistics.median(run['seconds']):.0f} tokens/s", flush=True)
+    summary = summarise(groups)
     show(summary, options.threads)
     check_same_loss(summary)
-    write_result(options.output, {"machine": before, "threads": options.threads, **summary, "rounds": rounds})
+    write_result(options.output, {"machine": before, "threads": options.threads, **summary, "groups": groups})
     print(f"written: {options.output}")
 
 

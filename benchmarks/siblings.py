@@ -3,7 +3,7 @@
     python -m benchmarks.siblings                   # from the repository's root, on an idle machine; about 10 min
 
 SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, 12,288 tokens each (12 steps of 2x512, the first left
-out; a figure is the median step's). Alternating: both together, each alone. The issue's yardstick is 1.05x of (teacher +
+out; a figure is the median step's). Alternating: both together, each alone. The bar is 1.05x of (teacher +
 student 1 + student 2) over (2 teachers + student 1 + student 2): the teacher's own seconds of a step are logged by each
 run, so what two runs would take with one teacher is (run 1 + run 2 - one teacher), and together may take 1.05x of that.
 """
