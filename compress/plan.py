@@ -19,6 +19,7 @@ from compress.architecture import (
     num_embedding_parameters,
     num_parameters,
 )
+from compress.capture import listening
 from compress.errors import ConfigError
 from compress.estimate import STEP_EFFICIENCY, flops_per_second, flops_per_token
 from compress.families import PRUNABLE, Shape
@@ -133,10 +134,21 @@ def _step_memory(
     """Of a distillation step and, where the teacher is corrected, of a step of its own training, by moment."""
     beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
     memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
+    memory["the loss"]["states that terms compare"] = _compared(config, teacher.shape, student, layout)
     if config.correct.num_tokens is not None:
         own = step_memory(teacher, teacher.shape, replace(layout, teacher_runs=False))
         memory |= {f"{moment} of the teacher's correction": parts for moment, parts in own.items()}
     return memory
+
+
+def _compared(config: CompressConfig, teacher: Shape, student: Shape, layout: Layout) -> int:
+    """Bytes of what both models record for terms on hidden states: outputs of layers, and inputs of attention."""
+    numbers = 0
+    for shape, to_teacher in ((student, False), (teacher, True)):
+        wanted = listening(config.distill.objectives, to_teacher)
+        attention = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+        numbers += (len(wanted.outputs) + wanted.embedding) * shape.hidden_size + len(wanted.attention) * attention
+    return layout.micro_batch_size * layout.sequence_length * layout.compute_bytes * numbers
 
 
 def _student(config: CompressConfig, teacher: ModelInfo) -> Shape:

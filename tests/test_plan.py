@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import Run
 from families import make_model
+from transformers import AutoModelForCausalLM
 
 from compress import plan
 from compress.architecture import ModelInfo, num_parameters, shape_of, with_sizes
+from compress.capture import listening, recording
 from compress.config import load_config
 from compress.errors import ConfigError
 from compress.families import family_of
@@ -122,6 +124,26 @@ def test_every_part_shrinks_with_what_it_is_shared_by() -> None:
         step_memory(info, student, Layout(1, 2, 64, compute_bytes=size))["the loss"]["activations"] for size in (2, 4)
     )
     assert wholes > 1.5 * halves, "float32 activations take twice as much, but for what is float32 anyway"
+
+
+def test_states_that_terms_compare_are_counted(teacher_source: Path) -> None:
+    """What a real forward records of both models, here the same one twice, at every token."""
+    terms = ("distill.objectives=[{},{objective: hidden_cosine, layers: [[0,0],[-1,2]]},{objective: minilm_value},"
+             "{objective: minilm_attention, layers: [[1,3]]},{objective: embedding_mse}]")  # fmt: skip
+    settings = (terms, f"distill.init_from={teacher_source}", "distill.micro_batch_size=2", "compute_dtype=float32")
+    found = planned("tiny", teacher_source, "data.sequence_length=64", *settings)
+    config = load_config("recipe=tiny", *settings)
+    model = AutoModelForCausalLM.from_pretrained(teacher_source)
+    mask, size = torch.ones(2, 64, dtype=torch.bool), 0
+    batch = TokenBatch(torch.ones(2, 64, dtype=torch.long), torch.arange(64).expand(2, 64), mask, mask)
+    for to_teacher in (False, True):
+        with recording(model, listening(config.distill.objectives, to_teacher), mask) as recorded:
+            trunk(model, batch)
+        size += sum(state.nbytes for state in recorded.states_ND.values())
+        for one in recorded.attention.values():
+            size += sum(value.nbytes for value in vars(one).values() if isinstance(value, torch.Tensor))
+    assert size > 0
+    assert found.memory["the loss"]["states that terms compare"] == size
 
 
 def test_what_cannot_fit_is_refused_with_what_would(llama_8b: Path) -> None:
