@@ -193,6 +193,7 @@ def markdown(rows: dict[str, Any], num_tokens: int) -> str:
 def main() -> None:
     parser = pipeline_arguments(__doc__, "objectives")
     parser.add_argument("--only", nargs="+", default=[], help="contenders whose name begins so")
+    parser.add_argument("--skip", nargs="+", default=[], help="contenders whose name begins so are left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--best", type=int, default=0, help="instead: the best so many, at 65,536 tokens")
@@ -207,7 +208,7 @@ def main() -> None:
         shared = options.runs / f"forward_kl_0_{NUM_TOKENS}"
         for seed in options.seeds:  # a whole table of one seed first
             for name in chosen:
-                if options.only and not name.startswith(tuple(options.only)):
+                if (options.only and not name.startswith(tuple(options.only))) or name.startswith(tuple(options.skip)):
                     continue
                 key = key_of(name, seed, num_tokens)
                 rows[key] = measure(name, seed, num_tokens, options.runs, options.set, rows.get(key), shared)
