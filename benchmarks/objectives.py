@@ -175,8 +175,8 @@ def _median(rows: list[dict[str, Any]], figure: str, name: str) -> float:
 def markdown(rows: dict[str, Any], num_tokens: int) -> str:
     """The table, the best on the selection set first; figures are medians over seeds, with the range of the first."""
     lines = [
-        "| objective | seeds | excess loss | KL to the teacher | top-1 | QuAC: excess loss | KL | fastest step, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| objective | seeds | excess loss | KL to the teacher | top-1 | QuAC: excess loss | KL |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in by_objective(rows, num_tokens).items():
         losses = [row["excess_loss"]["selection"] for row in found]
@@ -184,8 +184,7 @@ def markdown(rows: dict[str, Any], num_tokens: int) -> str:
             f"| {name} | {len(found)} | {statistics.median(losses):.3f} ({min(losses):.3f}..{max(losses):.3f}) | "
             f"{_median(found, 'kl_to_teacher', 'selection'):.3f} | "
             f"{_median(found, 'top1_agreement', 'selection'):.1%} | "
-            f"{_median(found, 'excess_loss', 'quac'):.3f} | {_median(found, 'kl_to_teacher', 'quac'):.3f} | "
-            f"{min(row['fastest_step_seconds'] for row in found):.1f} |"
+            f"{_median(found, 'excess_loss', 'quac'):.3f} | {_median(found, 'kl_to_teacher', 'quac'):.3f} |"
         )
     return "\n".join(lines)
 
