@@ -1,8 +1,8 @@
 """Stage correct: train the teacher on the distillation text before it is distilled from, where that helps.
 
-Minitron's teacher correction (arXiv 2408.11796): a teacher whose own training data was different
-guides a student less well on this text. The first tokens are a trial, whose gain on the validation sets tells whether
-the rest is worth its time; figures of the student are against the original teacher all the same.
+Minitron's teacher correction (arXiv 2408.11796): a teacher whose own training data was different guides a student less
+well on this text. The first tokens are a trial, whose gain on the validation sets tells whether the rest is worth its
+time; figures of the student are against the original teacher all the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress import checkpoint, distill, export
 from compress.artifacts import link, write_json
 from compress.inputs import teacher_of
 from compress.metrics import language_modelling
-from compress.models import load_model
+from compress.models import cast_weights, load_model
 from compress.parallel import resolve_dtype
 from compress.phases import num_tokens
 from compress.rules import correction_config
@@ -62,8 +62,7 @@ def _gains(config: CompressConfig, folder: Path, run_dir: Path) -> dict[str, Any
     trust, dtype = config.teacher.trust_remote_code, resolve_dtype(config.compute_dtype)
     model = load_model(teacher_of(config), torch.float32, trust)
     load_trained(found[0], model)
-    for parameter in model.parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
-        parameter.data = parameter.data.to(dtype)
+    cast_weights(model, dtype)
     models = {"teacher": load_model(teacher_of(config), dtype, trust).eval(), "corrected": model.eval()}
     sets = {name: language_modelling(models, batches) for name, batches in validation_batches(config, run_dir).items()}
     losses = {name: {model: figures[model]["loss"] for model in models} for name, figures in sets.items()}

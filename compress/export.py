@@ -13,7 +13,7 @@ from compress.artifacts import MANIFEST, building_folder, open_permissions, repl
 from compress.contract import describe_export, log_engines
 from compress.errors import ArtifactError, ConfigError
 from compress.inputs import student_of, teacher_of
-from compress.models import load_model
+from compress.models import cast_weights, load_model
 from compress.parallel import resolve_dtype
 from compress.phases import Progress, num_steps
 from compress.settings import CompressConfig
@@ -75,8 +75,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         averaged = config.distill.ema_decay is not None
         load_trained(path, model, averaged)
     dtype = resolve_dtype(config.export.dtype)
-    for parameter in model.eval().parameters():  # not model.to(): the rotary frequencies stay float32, as when loaded
-        parameter.data = parameter.data.to(dtype)
+    cast_weights(model.eval(), dtype)
     model.config.dtype = dtype
     target = run_dir / folder_name(config)
     with building_folder(run_dir / f".{target.name}-new") as folder:

@@ -69,6 +69,12 @@ def logits_of(hidden_CD: Tensor, head: OutputHead, out_CV: Tensor | None = None)
     return soft_cap_(logits_CV, head.softcap)
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """In place; unlike model.to(dtype) it leaves the rotary frequencies in float32, as a loaded model has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, whatever the family calls their parent."""
     layers: Any = model.base_model.layers

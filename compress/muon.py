@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         [group] = self.param_groups
-        ranks = 1 if self._group is None else dist.get_world_size(self._group)
+        ranks = _size(self._group)
         trained = [n for n in self._order if group["params"][n].grad is not None]
         for start in range(0, len(trained), ranks):
             numbers = trained[start : start + ranks]
@@ -59,12 +59,12 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonal(self, numbers: Sequence[int], shards: Sequence[Tensor]) -> list[Tensor]:
         """The shards of as many matrices as there are ranks, at most, each orthogonalised as a whole by its owner."""
-        if self._group is None or dist.get_world_size(self._group) == 1:
+        if self._group is None:
             return [orthogonal(shard) for shard in shards]
         rank = dist.get_rank(self._group)
         own = self._rows[numbers[rank]] if rank < len(numbers) else [0]
         columns = shards[rank].shape[1] if rank < len(numbers) else 0
-        sent = [shard.numel() for shard in shards] + [0] * (dist.get_world_size(self._group) - len(shards))
+        sent = [shard.numel() for shard in shards] + [0] * (_size(self._group) - len(shards))
         got = [rows * columns for rows in own] if columns else [0] * len(sent)
         whole = shards[0].new_empty(sum(got))
         dist.all_to_all_single(whole, torch.cat([shard.flatten() for shard in shards]), got, sent, group=self._group)
@@ -89,20 +89,23 @@ def orthogonal(matrix_RC: Tensor) -> Tensor:
 
 def _rows(whole: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     """How many rows each rank holds: torch's chunks, the last of them smaller or empty."""
-    ranks = 1 if group is None else dist.get_world_size(group)
+    ranks = _size(group)
     size = -(-len(whole) // ranks)
     return [max(0, min(size, len(whole) - rank * size)) for rank in range(ranks)]
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
 
 
 def group_of(parameters: Iterable[Tensor]) -> dist.ProcessGroup | None:
     """The ranks that parameters are split over by their first dimension; None where every rank has them whole."""
     for whole in parameters:
-        if not isinstance(whole, DTensor):
+        split = [n for n, one in enumerate(whole.placements) if one.is_shard()] if isinstance(whole, DTensor) else []
+        if not isinstance(whole, DTensor) or not split:
             continue
-        split = [n for n, placement in enumerate(whole.placements) if placement.is_shard()]
-        if len(split) > 1 or any(whole.placements[n] != Shard(0) for n in split):
+        if len(split) > 1 or whole.placements[split[0]] != Shard(0):
             raise ValueError(f"parameters must be split by rows, over one dimension of ranks, not {whole.placements}")
-        for n in split:
-            group: dist.ProcessGroup = whole.device_mesh.get_group(n)
-            return group
+        group: dist.ProcessGroup = whole.device_mesh.get_group(split[0])
+        return group if _size(group) > 1 else None
     return None

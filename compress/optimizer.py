@@ -79,7 +79,7 @@ class LocalOptimizer:
 
     def _over_ranks(self, norm: Tensor) -> Tensor:
         """The norm of all shards from this rank's."""
-        if self._group is None or dist.get_world_size(self._group) == 1:
+        if self._group is None:
             return norm
         square = norm.double().square()
         dist.all_reduce(square, group=self._group)

@@ -300,12 +300,10 @@ def _check_correction(config: CompressConfig) -> None:
     if config.teacher.mode is TeacherMode.previous_self:
         raise ConfigError(
             f"correct.num_tokens={settings.num_tokens:g} corrects a teacher, and teacher.mode=previous_self has none; "
-            "set one of the two to null or online"
+            "set correct.num_tokens=null, or teacher.mode=online"
         )
-    step, trial = (
-        config.distill.global_batch_size * config.data.sequence_length,
-        _trial_tokens(config, settings.num_tokens),
-    )
+    step = config.distill.global_batch_size * config.data.sequence_length
+    trial = _trial_tokens(config, settings.num_tokens)
     if trial < step or settings.num_tokens - trial < step:
         raise ConfigError(
             f"correct.num_tokens={settings.num_tokens:g} must hold a trial (correct.trial_tokens="

@@ -34,7 +34,7 @@ from compress.families import PRUNABLE
 from compress.folders import read_model
 from compress.inputs import source_of, streams, teacher_of, whole_bytes
 from compress.memory import MASTER_BYTES, MOMENT_BYTES
-from compress.models import decoder_layers, load_model
+from compress.models import cast_weights, decoder_layers, load_model
 from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
 from compress.progress import console, track
 from compress.scores import Importance, rank_correlation
@@ -310,8 +310,7 @@ def _trained(
         checkpoint.save(folder, stop, training_state(module, optimizer), {"tokens": num_tokens}, keep=1)
     plain = load_model(student, torch.float32, trust)
     load_trained(folder / f"step_{stop:08d}", plain)
-    for parameter in plain.parameters():
-        parameter.data = parameter.data.to(teacher.model.dtype)
+    cast_weights(plain, teacher.model.dtype)
     return plain
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,23 @@ def spawn(cache: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pope
     for process in started:
         process.kill()
         process.communicate()
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """SIGTERM as the number-th step of any training begins, counted from 1; the list has an entry a step."""
+    from compress import distill
+
+    steps: list[int] = []
+    right = distill.accumulate_gradients
+
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        steps.append(1)
+        if len(steps) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(distill, "accumulate_gradients", stepping)
+    return steps
 
 
 @contextmanager

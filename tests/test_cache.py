@@ -446,8 +446,12 @@ def test_what_a_cache_cannot_serve_is_refused_with_the_settings(settings: tuple[
 
 def test_what_a_cache_can_serve_is_taken() -> None:
     terms = "distill.objectives=[{objective: forward_kl}, {objective: cross_entropy, temperature: 2}]"
-    load_config(*FAST, *SMALL, terms)
-    load_config(*FAST, *SMALL, "cache.kind=top_k", "distill.objectives=[{objective: top_k_kl}]")
+    config = load_config(*FAST, *SMALL, terms)
+    assert [term.objective for term in config.distill.objectives] == ["forward_kl", "cross_entropy"]
+    assert (
+        load_config(*FAST, *SMALL, "cache.kind=top_k", "distill.objectives=[{objective: top_k_kl}]").cache.kind
+        == "top_k"
+    )
 
 
 def test_a_student_without_the_padding_that_is_cached_is_refused_before_anything_is_written(

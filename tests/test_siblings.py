@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import Run, signal_in_step
 from safetensors.torch import load_file
 
-from compress import checkpoint, distill
+from compress import checkpoint
 from compress.errors import ConfigError, Interrupted
 from compress.teacher import Teacher
 
@@ -93,16 +92,7 @@ def test_a_signal_saves_all_of_them(run: Run, tmp_path: Path, monkeypatch: pytes
     """Raised while the second one steps: the first, which has done its step, is saved too, and both go on exactly."""
     settings = (*NONE, BOTH)
     run(f"run_dir={tmp_path / 'whole'}", *settings)
-    steps: list[int] = []
-    right = distill.accumulate_gradients
-
-    def stepping(*arguments: object, **options: object) -> object:
-        steps.append(1)
-        if len(steps) == 6:
-            signal.raise_signal(signal.SIGTERM)
-        return right(*arguments, **options)
-
-    monkeypatch.setattr(distill, "accumulate_gradients", stepping)
+    signal_in_step(monkeypatch, 6)
     with pytest.raises(Interrupted):
         run(f"run_dir={tmp_path / 'cut'}", *settings)
     monkeypatch.undo()

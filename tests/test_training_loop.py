@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAST, _run, full_disk_after
+from conftest import FAST, _run, full_disk_after, signal_in_step
 from safetensors.torch import load_file
 
 from compress import checkpoint, distill
@@ -106,21 +105,10 @@ def cut_back(run_dir: Path, step: int) -> None:
             shutil.rmtree(distill / "checkpoints" / f"step_{later:08d}")
 
 
-def test_a_signal_in_the_last_step_ends_the_command_too(
-    train: Any, pruned: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_in_the_last_step_ends_the_command_too(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training is done and saved, but nothing that follows begins; the same command goes on with it."""
     whole = train("whole", until="export")
-    counted: list[int] = []
-    right = distill.accumulate_gradients
-
-    def stepping(*arguments: object, **options: object) -> object:
-        counted.append(1)
-        if len(counted) == 8:
-            signal.raise_signal(signal.SIGTERM)
-        return right(*arguments, **options)
-
-    monkeypatch.setattr(distill, "accumulate_gradients", stepping)
+    counted = signal_in_step(monkeypatch, 8)
     with pytest.raises(Interrupted, match="step 8 of 8 is saved"):
         train("cut", until="export")
     cut = whole.with_name("cut")
