@@ -92,7 +92,7 @@ def make_step(work: Path, compiled: bool, stack: contextlib.ExitStack) -> Callab
     if compiled:
         compile_layers(teacher.model)
         compile_layers(model)
-    student = StudentModule(model).train()
+    student = StudentModule(model, compiled=compiled).train()
     shard(student, model.model.layers, mesh, torch.bfloat16)
     optimizer = optimizer_of(student, DistillConfig(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1]))
 

@@ -124,7 +124,7 @@ def _prepare(
     if isinstance(teacher, Teacher):
         widths = model.config.hidden_size, teacher.model.config.hidden_size
         projections = make_projections(settings.objectives, *widths, config.seed, kept_channels(config, run_dir))
-    student = StudentModule(model, projections).train()
+    student = StudentModule(model, projections, config.distill.compile).train()
     shard(student, decoder_layers(model), mesh, dtype)
     register_fsdp_forward_method(student, "figures")
     average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None

@@ -102,11 +102,16 @@ def _paired(mask_BT: Tensor) -> Tensor:
 
 
 class StudentModule(nn.Module):
-    """Trunk, head and objectives in one forward, to be wrapped by `parallel.shard`."""
+    """Trunk, head and objectives in one forward, to be wrapped by `parallel.shard`.
 
-    def __init__(self, model: PreTrainedModel, projections: nn.ParameterDict | None = None) -> None:
+    compiled: the objective's kernel too, where there is one; layers are compiled by `parallel.compile_layers`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, projections: nn.ParameterDict | None = None, compiled: bool = False
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.compiled = model, compiled
         self.projections = nn.ParameterDict() if projections is None else projections  # trained, never exported
         self.head_seconds = 0.0  # spent in heads and objectives since the module was made
 
@@ -146,7 +151,7 @@ class StudentModule(nn.Module):
         elif isinstance(signal, SparseSignal) and signal.vocab_size is not None:
             head = head.rows(min(len(head.weight_VD), signal.vocab_size))
         began = time.perf_counter()
-        result = chunked_loss(hidden_ND, head, signal, targets, terms, scales)
+        result = chunked_loss(hidden_ND, head, signal, targets, terms, scales, compiled=self.compiled)
         self.head_seconds += time.perf_counter() - began
         return result
 

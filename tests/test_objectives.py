@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from compress.errors import ConfigError
 from compress.models import OutputHead
 from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Targets, chunked_loss
+from compress.objectives.forward_kl import forward_kl_
 from compress.objectives.table import OBJECTIVES, combines_with, markdown
 from compress.objectives.terms import OPTIONS, Term
 from compress.settings import ObjectiveName
@@ -405,3 +407,19 @@ def test_a_banned_token_is_measured_as_it_is_trained() -> None:
     kl, _, _ = compare(student, head, signal, torch.zeros(5, dtype=torch.int64)).tolist()
     targets = Targets(torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.bool))
     assert kl == pytest.approx(chunked_loss(student, head, signal, targets, [Term("forward_kl")])[0].item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="a compiled kernel needs g++")
+def test_the_compiled_kernel_is_the_plain_one() -> None:
+    """Loss and gradient of forward KL in blocks of 64 rows, a token banned by the teacher among them."""
+    torch.manual_seed(4)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-5)):
+        student, teacher = 5 * torch.randn(2, 150, 333, dtype=torch.float64)
+        teacher[3, 7] = -torch.inf
+        for temperature, scale in ((1.0, 1.0), (3.0, 0.7)):
+            plain, compiled = (student.to(dtype, copy=True) for _ in range(2))
+            expected = forward_kl_(plain, teacher.to(dtype), temperature, scale)
+            found = forward_kl_(compiled, teacher.to(dtype), temperature, scale, compiled=True)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            assert float((compiled - plain).norm() / plain.norm()) < max(tolerance, torch.finfo(dtype).eps)

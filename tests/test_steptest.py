@@ -64,7 +64,9 @@ def test_a_wrong_shift_a_wrong_count_and_a_wrong_gradient_are_found(
     monkeypatch.undo()
     wrong = objectives.chunked.forward_kl_
     monkeypatch.setattr(
-        objectives.chunked, "forward_kl_", lambda s, t, temperature, scale: wrong(s, t, temperature, 1.1 * (scale or 1))
+        objectives.chunked,
+        "forward_kl_",
+        lambda s, t, temperature, scale, *_: wrong(s, t, temperature, 1.1 * (scale or 1)),
     )
     assert "finite differences" in found()
 

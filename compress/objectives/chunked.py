@@ -141,6 +141,7 @@ class _ChunkedLoss(torch.autograd.Function):
         terms: Sequence[Term],
         scales: Sequence[float],
         size: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(student_ND.dtype, torch.float32)
         head = OutputHead(weight_VD, head.softcap, bias_V, head.scale)
@@ -172,7 +173,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 teacher_RV = logits_of(signal.hidden_NE[rows], signal.head, room_RV[: rows.stop - start])
             sparse = signal.rows(rows) if isinstance(signal, SparseSignal) else None
             if simple and teacher_RV is not None:
-                sums_K[0] += forward_kl_(student_RV, teacher_RV, terms[0].temperature, scale).sum()
+                sums_K[0] += forward_kl_(student_RV, teacher_RV, terms[0].temperature, scale, compiled).sum()
             elif sampled and sparse is not None:
                 known = sparse.ids_NK, sparse.probabilities_NK, sparse.entropy_N
                 sums_K[0] += sampled_forward_kl_(student_RV, *known, scale).sum()
@@ -207,8 +208,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.grads = None  # scaled in place below
         scale = grad.item() if grad.device.type == "cpu" else grad
         if grad.device.type == "cpu" and scale == 1:
-            return *grads, *[None] * 6
-        return *[None if one is None else one.mul_(scale) for one in grads], *[None] * 6
+            return *grads, *[None] * 7
+        return *[None if one is None else one.mul_(scale) for one in grads], *[None] * 7
 
 
 def _plus_product(sum_VD: Tensor | None, gradient_CV: Tensor, hidden_CD: Tensor, last: bool) -> Tensor:
@@ -231,6 +232,7 @@ def chunked_loss(
     scales: Sequence[float] | None = None,
     *,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A sum of objectives at N loss tokens, without ever holding N rows of logits.
 
@@ -242,6 +244,7 @@ def chunked_loss(
         terms: at least one; every one must take this kind of signal (`table.check_terms`).
         scales: what each term's sum is multiplied by, its factor over a global count; None: 1 for each.
         chunk_tokens: tokens per product; None: what CHUNK_BYTES of both models' logits hold.
+        compiled: forward KL alone by a compiled kernel, which torch makes in some seconds at the first call.
 
     Returns:
         (sum over terms of scale * sum, to be differentiated; each term's sum over tokens (K,), in nats or its own
@@ -251,7 +254,7 @@ def chunked_loss(
     size = chunk_tokens or tokens_per_chunk(len(head.weight_VD), student_ND.element_size())
     scales = [1.0] * len(terms) if scales is None else list(scales)
     result: tuple[Tensor, Tensor] = _ChunkedLoss.apply(
-        student_ND, head.weight_VD, head.bias_V, head, signal, targets, list(terms), scales, size
+        student_ND, head.weight_VD, head.bias_V, head, signal, targets, list(terms), scales, size, compiled
     )
     return result
 

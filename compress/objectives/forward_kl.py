@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+_COMPILED_ROWS = 64  # of a compiled block on a CPU: as fast as it gets for a 49k vocabulary, with 24 MiB in between
 _ROWS_PER_THREAD = 2  # of a CPU's elementwise blocks: three float32 rows of a 49k vocabulary are 0.6 MB
 
 
@@ -15,13 +19,20 @@ def block_rows(logits: Tensor) -> int:
     return _ROWS_PER_THREAD * torch.get_num_threads() if logits.device.type == "cpu" else max(1, logits.shape[0])
 
 
-def forward_kl_(student_CV: Tensor, teacher_CV: Tensor, temperature: float, scale: float | None) -> Tensor:
+def forward_kl_(
+    student_CV: Tensor, teacher_CV: Tensor, temperature: float, scale: float | None, compiled: bool = False
+) -> Tensor:
     """Per-token KL(p || q) in float32 (float64 in, float64 out); overwrites student_CV by scale * d KL / d logits.
 
     With scale None no gradient is formed.
 
     Every pass writes into one of three block-sized buffers, so that nothing of vocabulary size is allocated per block.
+    Compiled there are four passes and two exponentials instead of twelve and four: half the time.
     """
+    if compiled and scale is not None and len(student_CV):
+        size, kernel = _COMPILED_ROWS if student_CV.device.type == "cpu" else len(student_CV), _compiled()
+        blocks = zip(student_CV.split(size), teacher_CV.split(size), strict=True)
+        return torch.cat([kernel(*block, temperature, scale / temperature) for block in blocks])
     dtype = torch.promote_types(student_CV.dtype, torch.float32)
     loss_C = torch.empty(student_CV.shape[0], dtype=dtype, device=student_CV.device)
     rows = min(block_rows(student_CV), student_CV.shape[0])
@@ -45,6 +56,25 @@ def forward_kl_(student_CV: Tensor, teacher_CV: Tensor, temperature: float, scal
             gradient_RV = log_q_RV.exp_().sub_(p_RV)
             student_CV[block] = gradient_RV if scale == temperature else gradient_RV.mul_(scale / temperature)
     return loss_C
+
+
+def _whole_kl_(student_RV: Tensor, teacher_RV: Tensor, temperature: float, factor: float) -> Tensor:
+    """`forward_kl_` of a block, to be compiled: the exponentials are kept, and normalised where they are used."""
+    dtype = torch.promote_types(student_RV.dtype, torch.float32)
+    s_RV, t_RV = student_RV.to(dtype), teacher_RV.to(dtype)
+    s_max, t_max = s_RV.amax(-1, keepdim=True), t_RV.amax(-1, keepdim=True)
+    s_exp, t_exp = ((s_RV - s_max) / temperature).exp(), ((t_RV - t_max) / temperature).exp()
+    s_sum, t_sum = s_exp.sum(-1, keepdim=True), t_exp.sum(-1, keepdim=True)
+    difference_RV = ((t_RV - s_RV) / temperature).clamp(min=torch.finfo(dtype).min)  # as in forward_kl_
+    cross = (t_exp * difference_RV).sum(-1, keepdim=True) / t_sum
+    student_RV.copy_(s_exp * (factor / s_sum) - t_exp * (factor / t_sum))
+    return (cross + (s_max - t_max) / temperature + s_sum.log() - t_sum.log()).squeeze(-1)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    kernel: Callable[..., Tensor] = torch.compile(_whole_kl_, dynamic=True)
+    return kernel
 
 
 def sampled_forward_kl_(
