@@ -290,6 +290,7 @@ def test_keys_are_of_content(cached_source: Path) -> None:
     assert keys_of(changed)[0] == first, "what the model isn't given doesn't count"
 
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_to_the_same_bytes(
     spawn: Callable[..., subprocess.Popen[str]], cache: Path, finished: Path
 ) -> None:

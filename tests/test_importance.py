@@ -122,8 +122,9 @@ def test_all_pairs_of_one_pass_are_those_of_a_pass_each() -> None:
             assert torch.equal(scores, together.width(pair)[axis]), (pair, axis)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need g++")
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_compiled_kernels_give_the_same_scores(dtype: torch.dtype) -> None:
     """Also where some tokens are padding, and what padding holds counts for nothing."""
     for variant in ("qwen3-biases", "mixtral"):

@@ -85,6 +85,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_torchrun_scores_and_one_process_goes_on(run: Run, cache: Path, tmp_path: Path) -> None:
     settings = ["score.width=[activation:l2/mean,taylor]", "score.micro_batch_size=2"]
     two = f"run_dir={tmp_path / 'two'}"

@@ -27,6 +27,7 @@ def test_a_cache_pays_only_for_text_that_comes_again(draws: int, sequences: int,
         assert cached < online
 
 
+@pytest.mark.slow
 def test_the_choice_is_said_kept_and_trained_by(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run(*AGAIN, "teacher.mode=auto", f"run_dir={tmp_path / 'auto'}")
