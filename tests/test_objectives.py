@@ -423,3 +423,24 @@ def test_the_compiled_kernel_is_the_plain_one() -> None:
             found = forward_kl_(compiled, teacher.to(dtype), temperature, scale, compiled=True)
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
             assert float((compiled - plain).norm() / plain.norm()) < max(tolerance, torch.finfo(dtype).eps)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need g++")
+@pytest.mark.parametrize("tokens", [0, 40, 80, 100])  # no chunk, one, two and three
+def test_the_compiled_loss_is_the_plain_one(tokens: int) -> None:
+    """In bfloat16, where the head's gradient comes from turned products."""
+    torch.manual_seed(5)
+    made = [torch.randn(*size).bfloat16() for size in ((tokens, 24), (77, 24), (tokens, 16), (77, 16))]
+    hidden, weight = (x.requires_grad_() for x in made[:2])
+    signal = DenseSignal(made[2], OutputHead(made[3]))
+    targets = Targets(torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, dtype=torch.bool))
+    found = []
+    for compiled in (False, True):
+        loss, sums = chunked_loss(
+            hidden, OutputHead(weight), signal, targets, [Term("forward_kl")], [0.5], chunk_tokens=40, compiled=compiled
+        )
+        found.append((sums, *torch.autograd.grad(loss, [hidden, weight])))
+    for plain, other in zip(*found, strict=True):
+        assert plain.shape == other.shape
+        assert float((plain - other).norm()) <= 4e-3 * float(plain.norm())
