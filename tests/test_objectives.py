@@ -412,7 +412,7 @@ def test_a_banned_token_is_measured_as_it_is_trained() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="a compiled kernel needs g++")
 def test_the_compiled_kernel_is_the_plain_one() -> None:
-    """Loss and gradient of forward KL in blocks of 64 rows, a token banned by the teacher among them."""
+    """Loss and gradient of forward KL in blocks of 16 rows, a token banned by the teacher among them."""
     torch.manual_seed(4)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-5)):
         student, teacher = 5 * torch.randn(2, 150, 333, dtype=torch.float64)
