@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compress import checkpoint, distill, export
-from compress.artifacts import link, write_json
+from compress.artifacts import link, read_json, write_json
 from compress.inputs import teacher_of
 from compress.metrics import language_modelling
 from compress.models import cast_weights, load_model
@@ -27,7 +27,7 @@ from compress.training import load_trained
 from compress.validation import validation_batches
 
 log = logging.getLogger(__name__)
-REPORT = "report.json"
+REPORT, TRIAL = "report.json", "trial.json"
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -38,8 +38,13 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     folder = run_dir / "correct"
     link(folder / "tokens", run_dir / "tokens")
     trial, whole = (correction_config(config, str(teacher_of(config)), phases) for phases in (1, 2))
-    distill.run(trial, folder)
-    report = _gains(trial, folder, run_dir)
+    checkpoints = folder / "distill" / "checkpoints"
+    if (folder / TRIAL).exists() and checkpoint.steps(checkpoints):  # judged before a kill, maybe at an earlier step
+        report = read_json(folder / TRIAL)
+    else:
+        distill.run(trial, folder)
+        report = _gains(trial, folder, run_dir)
+        write_json(folder / TRIAL, report)
     needed = report["gain"] >= config.correct.min_gain
     log.info(
         "correct: after %s tokens the teacher's validation loss is %+.2f%%: %s", f"{num_tokens(trial):,.0f}",
@@ -52,7 +57,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         report = {**_gains(whole, folder, run_dir), "trial": report}
         log.info("correct: the teacher's validation loss is %+.2f%%", -100 * report["gain"])
     write_json(folder / REPORT, {"needed": needed, **report})
-    shutil.rmtree(folder / "distill" / "checkpoints")  # as large as the teacher six times over, and nothing goes on
+    shutil.rmtree(checkpoints)  # as large as the teacher six times over, and nothing goes on
+    (folder / TRIAL).unlink()
 
 
 def _gains(config: CompressConfig, folder: Path, run_dir: Path) -> dict[str, Any]:

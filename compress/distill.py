@@ -201,7 +201,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         phase, within = step.phase, progress.step - step.phase.first_step
         began, head_before = time.perf_counter(), parts.student.head_seconds
         window = list(micro_batches(step.data, step.indices, settings.micro_batch_size))
-        terms = terms_at(settings, within / max(1, phase.num_steps - 1))
+        terms = terms_at(settings, within, phase.num_steps)
         said: list[Tensor] = []
         if parts.previous is not None:
             parts.previous.begin(window, step.num_repeated)
@@ -225,12 +225,12 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             norm, rate = optimizer.step(factor, settings.max_gradient_norm)
         if not math.isfinite(norm):
             writer.wait()
-            _refuse_teacher(parts.teacher, window, step.indices, settings.micro_batch_size)
+            banned = _refuse_teacher(parts.teacher, window, step.indices, settings.micro_batch_size)
             raise NumericalError(
                 f"distill step {progress.step + 1}: loss {loss}, gradient norm {norm} on training sequences "
                 f"{step.indices.tolist()}; nothing was updated, and step {writer.committed} is kept. Lower "
                 f"distill.learning_rate={phase.learning_rate} or raise distill.warmup_steps="
-                f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights"
+                f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights{banned}"
             )
         progress.step += 1
         if parts.average is not None:
@@ -260,20 +260,28 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         yield progress.step
 
 
-def _refuse_teacher(teacher: TeacherSource, window: Sequence[TokenBatch], indices: Ints, size: int) -> None:
-    """Raise NumericalError where it is the teacher whose logits aren't finite, naming sequence and token."""
+def _refuse_teacher(teacher: TeacherSource, window: Sequence[TokenBatch], indices: Ints, size: int) -> str:
+    """Raise NumericalError where it is the teacher whose logits aren't finite, naming sequence and token.
+
+    Returns a remark for a teacher that bans tokens, by logits of -inf, which are sound for some objectives alone.
+    """
+    banned = 0
     for number, batch in enumerate(window if isinstance(teacher, Teacher) else ()):
         signal = teacher.signal(batch)
         assert isinstance(signal, DenseSignal)
         rows, tokens = batch.loss_mask.nonzero(as_tuple=True)
         for place, hidden_E in enumerate(signal.hidden_NE):
             logits_1V = logits_of(hidden_E[None], signal.head)
-            if bool((logits_1V.isnan() | (logits_1V == math.inf)).any()):  # a banned token's -inf is sound
+            banned = max(banned, int((logits_1V == -math.inf).sum()))
+            if bool((logits_1V.isnan() | (logits_1V == math.inf)).any()):
                 raise NumericalError(
                     f"the teacher's logits are not finite at token {int(tokens[place])} of training sequence "
                     f"{int(indices[number * size + int(rows[place])])}; nothing was updated. Look at the teacher's "
                     "weights, or set compute_dtype=float32"
                 )
+    if not banned:
+        return ""
+    return f"; and the teacher bans {banned} tokens (logits of -inf), where forward_kl is finite and reverse_kl isn't"
 
 
 def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
@@ -283,6 +291,11 @@ def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
         assert isinstance(parts.teacher, Teacher), "refused by rules.py"
         figures = validate(parts.student, parts.teacher, parts.sets)
     kl = mean_kl(figures)
+    if not math.isfinite(kl):
+        raise NumericalError(
+            f"distill step {progress.step}: the KL to the teacher is {kl} on the validation sets {', '.join(figures)}; "
+            "the steps saved before are kept. Look at the teacher's weights, or set compute_dtype=float32"
+        )
     progress.history.append((progress.step, tokens, kl))
     end = phase.tokens_after(phase.end)
     early = tokens - phase.tokens_before < FORECAST_SHARE * (end - phase.tokens_before)

@@ -38,5 +38,9 @@ def learning_rate_factor(
     """Multiplier for the step numbered from 0: linear warm-up, then the curve down to min_ratio at the last step."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
-    return between(1.0, min_ratio, curve, progress, decay_share)
+    return between(1.0, min_ratio, curve, progress_after(warmup_steps, step, max_steps), decay_share)
+
+
+def progress_after(warmup_steps: int, step: int, max_steps: int) -> float:
+    """The share of the way from the first step after the warm-up to the last that the step numbered from 0 has come."""
+    return max(0.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))

@@ -292,7 +292,7 @@ def _trained(
     tokens_per_step = batch_size * data.sequence_length
     stop = num_tokens // tokens_per_step
     order = _order(config, data, stop)
-    terms = terms_at(settings, 0)
+    terms = terms_at(settings)
     torch.manual_seed(config.seed)
     with single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)

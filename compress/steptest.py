@@ -67,7 +67,7 @@ def run(config: CompressConfig, run_dir: Path) -> Table | None:
     for column in ("property", "error", "allowed", "holds"):
         table.add_column(column)
     broken = []
-    for name, measure in properties(teacher, student, batch, terms_at(config.distill, 0.0)):
+    for name, measure in properties(teacher, student, batch, terms_at(config.distill)):
         error, allowed = measure()
         holds = error <= allowed
         table.add_row(name, f"{error:.1e}", f"{allowed:.0e}", "yes" if holds else "NO")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from compress.artifacts import free_disk_bytes
 from compress.cache import form_of
+from compress.comparison import CHUNK_TOKENS
 from compress.errors import ConfigError
 from compress.inputs import teacher_of
-from compress.models import load_model, output_head
+from compress.models import load_model, logits_of, output_head
 from compress.parallel import resolve_dtype
 from compress.phases import phases_of
 from compress.progress import about
@@ -22,15 +24,17 @@ from compress.settings import CompressConfig, TeacherMode
 from compress.signals import keys_of, say
 from compress.step import trunk
 from compress.tokens import TokenSet
-from compress.training import drawn_sequences
+from compress.training import asks_teacher, drawn_sequences
 
 FILE = "teacher_mode.json"
-_SEQUENCES = 4  # that are measured
+_ROUNDS = 3  # of the micro-batch that is measured, of which the fastest counts
 
 
 def choose(config: CompressConfig, run_dir: Path) -> dict[str, Any]:
     """{"mode": ..., "why": ..., and what was measured}; the run's training text must be tokenized."""
     cached = with_mode(config, TeacherMode.cached)
+    if not asks_teacher(with_mode(config, TeacherMode.online)):
+        return {"mode": "online", "why": "no objective asks a teacher, so none is loaded"}
     try:
         check(cached)
         form = form_of(cached)
@@ -51,17 +55,18 @@ def choose(config: CompressConfig, run_dir: Path) -> dict[str, Any]:
     if bytes_needed > free:
         why = f"a cache may take {bytes_needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
         return {"mode": "online", "why": why, **facts}
-    forward, draw = _measured(cached, data)
-    online, once = seconds_of(draws, len(drawn), forward, draw)
+    forward, head, draw = _measured(cached, data)
+    online, once = seconds_of(draws, len(drawn), forward, head, draw)
     facts |= {"online_seconds": online, "cached_seconds": once}
     mode = "cached" if once < online else "online"
     why = f"the teacher would take about {about(online)} online and {about(once)} once for a cache"
     return {"mode": mode, "why": why, **facts}
 
 
-def seconds_of(draws: int, sequences: int, forward: float, draw: float) -> tuple[float, float]:
-    """What the teacher costs (online, cached): its forward at every draw, or forward and drawing once a sequence."""
-    return draws * forward, sequences * (forward + draw)
+def seconds_of(draws: int, sequences: int, forward: float, head: float, draw: float) -> tuple[float, float]:
+    """What the teacher costs (online, cached): its trunk and head at every draw, or trunk and drawing, which has the
+    head in it, once a sequence."""
+    return draws * (forward + head), sequences * (forward + draw)
 
 
 def with_mode(config: CompressConfig, mode: TeacherMode) -> CompressConfig:
@@ -69,18 +74,22 @@ def with_mode(config: CompressConfig, mode: TeacherMode) -> CompressConfig:
 
 
 @torch.no_grad()
-def _measured(config: CompressConfig, data: TokenSet) -> tuple[float, float]:
-    """Seconds of a sequence: (the trunk's forward, keeping what the head says), the second time each is done."""
+def _measured(config: CompressConfig, data: TokenSet) -> tuple[float, float, float]:
+    """Seconds of a sequence in a micro-batch: the trunk, the head with its softmax, keeping what the head says."""
     dtype, form = resolve_dtype(config.compute_dtype), form_of(config)
     model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code).eval()
-    batch = data.batch(range(min(_SEQUENCES, data.num_sequences)))
-    head, seconds = output_head(model), (0.0, 0.0)
-    for _ in range(2):
-        began = time.perf_counter()
+    batch = data.batch(range(min(config.distill.micro_batch_size, data.num_sequences)))
+    head, rounds = output_head(model), []
+    for _ in range(_ROUNDS):
+        times = [time.perf_counter()]
         hidden_BTE = trunk(model, batch)
-        between = time.perf_counter()
+        times.append(time.perf_counter())
+        for hidden_ND in hidden_BTE[batch.loss_mask].split(CHUNK_TOKENS):
+            torch.log_softmax(logits_of(hidden_ND, head).float(), -1)
+        times.append(time.perf_counter())
         for row, key in enumerate(keys_of(batch)):
             say(hidden_BTE[row][batch.loss_mask[row]], head, form, config.seed, key)
-        count = len(batch.input_ids)
-        seconds = (between - began) / count, (time.perf_counter() - between) / count
-    return seconds
+        times.append(time.perf_counter())
+        rounds.append([after - before for before, after in pairwise(times)])
+    trunk_seconds, head_seconds, draw_seconds = (min(part) / len(batch.input_ids) for part in zip(*rounds, strict=True))
+    return trunk_seconds, head_seconds, draw_seconds

@@ -19,7 +19,7 @@ from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
 from compress.phases import Phase, Progress, phases_of
 from compress.recovery import has_levelled, steps_after_stop
-from compress.schedules import between
+from compress.schedules import between, progress_after
 from compress.settings import CompressConfig, Curve, DistillConfig, Optimizer, TeacherMode
 from compress.step import StudentModule
 from compress.teacher import PREVIOUS, PreviousSelf
@@ -101,10 +101,16 @@ def asks_teacher(config: CompressConfig) -> bool:
     return config.teacher.mode is TeacherMode.online and (validates or not labels_only)
 
 
-def terms_at(settings: DistillConfig, progress: float) -> list[Term]:
-    """The loss's terms at `progress` within 0 and 1 of training, with the weights and temperatures of then."""
+def terms_at(settings: DistillConfig, step: int = 0, max_steps: int = 1) -> list[Term]:
+    """The loss's terms at the step numbered from 0 of a phase, with the weights and temperatures of then.
+
+    wsd stays and falls when the learning rate does, whose warm-up isn't part of it; so a stop that starts the decay of
+    the one starts the other's.
+    """
     found = []
     for term in settings.objectives:
+        warmup = settings.warmup_steps if term.curve is Curve.wsd else 0
+        progress = progress_after(warmup, step, max_steps)
         options = {name: getattr(term, name) for name in OPTIONS if getattr(term, name) is not None}
         weight, temperature = (
             between(start, end, term.curve, progress, settings.decay_share)

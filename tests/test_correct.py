@@ -100,6 +100,8 @@ def test_a_killed_correction_goes_on(
     run(*settings, f"run_dir={alone}")
     ours, theirs = (load_file(folder / "correct" / "export" / "model.safetensors") for folder in (finished, alone))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
+    reports = [_read(folder / "correct" / "report.json") for folder in (finished, alone)]
+    assert reports[0] == reports[1], "the trial is judged where it ended, not where the kill came"
 
 
 def test_siblings_share_one_correction(run: Run, tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ def test_a_teacher_whose_logits_are_not_finite_is_named_with_sequence_and_token(
     assert found is not None
     assert TokenSet.open(folder / "run" / "tokens" / "train").batch([int(found[2])]).loss_mask[0, int(found[1])]
     assert not list((folder / "run" / "distill").glob("checkpoints/step_*"))
+    asked_only_then = "distill.objectives=[{objective: cross_entropy}]", "distill.validate_steps=1"
+    with pytest.raises(NumericalError, match="step 1: the KL to the teacher is nan on the validation sets"):
+        distill.run(_config(folder, *asked_only_then), Path(config.run_dir))
 
 
 INSIDE = (

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.comparison import compare
+from compress.comparison import compare, compare_chunk
 from compress.config import load_config
 from compress.errors import ConfigError
 from compress.models import OutputHead
@@ -26,7 +26,7 @@ from compress.objectives import distillation_loss
 from compress.objectives.chunked import DenseSignal, Targets, chunked_loss
 from compress.objectives.forward_kl import forward_kl_
 from compress.objectives.table import OBJECTIVES, combines_with, markdown
-from compress.objectives.terms import OPTIONS, Term
+from compress.objectives.terms import OPTIONS, Rows, Term
 from compress.settings import ObjectiveName
 
 
@@ -287,6 +287,22 @@ def test_every_objective_is_its_formula_and_gradient_for_every_chunk(
     theirs = torch.autograd.grad(0.37 * expected, inputs, allow_unused=True)
     for mine, other in zip(torch.autograd.grad(loss, inputs), theirs, strict=True):
         torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in ON_LOGITS if not OBJECTIVES[name].labels_only])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_teacher_that_is_not_finite_shows(name: str, wrong: float) -> None:
+    """In the loss or its gradient, by one logit of one token: a run must not learn nothing without a word."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 40)
+    teacher[2, 9] = wrong
+    labels, function = torch.zeros(6, dtype=torch.int64), OBJECTIVES[name].function
+    assert function is not None
+    loss, gradient = function(Rows(student, teacher, labels, torch.ones(6, dtype=torch.bool)), Term(name, k=5))
+    assert not bool(loss.sum().isfinite() & gradient.isfinite().all())
+    assert not compare_chunk(teacher.softmax(-1), teacher.log_softmax(-1), student.log_softmax(-1), labels)[
+        0
+    ].isfinite()
 
 
 def test_a_sum_of_terms_is_their_weighted_sum() -> None:

@@ -60,7 +60,7 @@ def dac_kl(rows: Rows, term: Term) -> Result:
     """
     levels = torch.tensor([term.lower_quantile, term.upper_quantile], dtype=rows.p_RV.dtype, device=rows.p_RV.device)
     low_R, high_R = _quantiles(rows.p_RV, levels)
-    kept_RV = (rows.p_RV >= low_R[:, None]) & (rows.p_RV <= high_R[:, None])
+    kept_RV = ~((rows.p_RV < low_R[:, None]) | (rows.p_RV > high_R[:, None]))  # also what is not a number
     kept_RV.scatter_(-1, rows.p_RV.argmax(-1, keepdim=True), True)
     log_q_RV = torch.log_softmax(rows.student_RV.masked_fill(~kept_RV, -torch.inf), -1)
     log_p_RV = torch.log_softmax(rows.teacher_RV.masked_fill(~kept_RV, -torch.inf), -1)

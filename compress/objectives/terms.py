@@ -90,8 +90,9 @@ class SparseRows:
 
 
 def times_log_ratio(weight: Tensor, log_one: Tensor, log_other: Tensor) -> Tensor:
-    """weight * (log_one - log_other), 0 where weight is: 0 log 0 counts for nothing, whatever stands beside it."""
-    return torch.where(weight > 0, weight * (log_one - log_other), 0)
+    """weight * (log_one - log_other), 0 where weight is: 0 log 0 counts for nothing, whatever stands beside it; what is
+    not a number stays so."""
+    return torch.where(weight == 0, 0, weight * (log_one - log_other))
 
 
 def through_softmax(slope_RV: Tensor, q_RV: Tensor) -> Tensor:
