@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -121,7 +122,12 @@ def properties(
     yield "packed documents are as each alone, for both models", alone
 
     def padding() -> tuple[float, float]:
-        return _padding_error(ours, head, theirs, teacher_head), 1e-5
+        """The step's KL, with 64 rows of noise more in the student's head, against KL of transformers' own logits."""
+        common = len(head.weight_VD)
+        log_p_NV, log_q_NV = (_log_softmax_by_transformers(model, batch, common) for model in (teacher, student))
+        plain = F.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum").item()
+        padded, other = without_padding(_with_noise(output_head(student)), output_head(teacher))
+        return abs(distillation_loss(ours, padded, theirs, other).item() - plain) / max(abs(plain), 1e-3), 1e-4
 
     def split() -> tuple[float, float]:
         return _split_error(student, source, batch, terms), 1e-5
@@ -149,27 +155,40 @@ class _Exact:
         self.theirs, self.teacher_head = theirs[few], teacher_head
         self.targets = Targets(targets.labels_N[few], targets.paired_N[few])
 
-    def _loss(self, hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    def _loss(self, hidden_ND: Tensor, head: OutputHead) -> Tensor:
+        dtype = hidden_ND.dtype
         signal = None if self.labels_only else DenseSignal(self.theirs.to(dtype), _as(self.teacher_head, dtype))
-        loss, _ = chunked_loss(hidden_ND.to(dtype), _as(self.head, dtype), signal, self.targets, [self.term])
+        loss, _ = chunked_loss(hidden_ND, head, signal, self.targets, [self.term])
         return loss
 
     def precision(self) -> tuple[float, float]:
-        single, double = (self._loss(self.ours, dtype).item() for dtype in (torch.float32, torch.float64))
+        single, double = (
+            self._loss(self.ours.to(dtype), _as(self.head, dtype)).item() for dtype in (torch.float32, torch.float64)
+        )
         return abs(single - double) / max(abs(double), 1e-6), 1e-3
 
     def slope(self) -> tuple[float, float]:
-        hidden_ND = self.ours.double().requires_grad_()
-        loss = self._loss(hidden_ND, torch.float64)
-        [gradient_ND] = torch.autograd.grad(loss, [hidden_ND])
-        generator = torch.Generator().manual_seed(0)
-        step_ND = torch.randn(hidden_ND.shape, generator=generator, dtype=torch.float64)
-        step_ND *= 1e-5 * hidden_ND.norm().item() / step_ND.norm()
-        with torch.no_grad():
-            up, down = (self._loss(hidden_ND + sign * step_ND, torch.float64).item() for sign in (1, -1))
-        expected = (gradient_ND * step_ND).sum().item()
-        scale = gradient_ND.norm().item() * step_ND.norm().item()
-        return abs((up - down) / 2 - expected) / max(scale, 1e-12), 1e-4
+        """Along the gradient and a random direction at once, of the hidden states and of the head's steepest rows."""
+        hidden_ND, head = self.ours.double(), _as(self.head, torch.float64)
+        weight_VD = head.weight_VD
+        with torch.enable_grad():
+            loss = self._loss(hidden_ND.requires_grad_(), replace(head, weight_VD=weight_VD.requires_grad_()))
+            slopes = torch.autograd.grad(loss, [hidden_ND, weight_VD])
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        steepest = slopes[1].norm(dim=1).topk(min(32, len(slopes[1]))).indices
+        worst, generator = 0.0, torch.Generator().manual_seed(0)
+        for values, slope, rows in ((hidden_ND, slopes[0], slice(None)), (weight_VD, slopes[1], steepest)):
+            kept, gradient = values[rows].clone(), slope[rows]
+            noise = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+            step = (gradient / gradient.norm().clamp_min(1e-30) + noise / noise.norm()) * 1e-5 * kept.norm()
+            losses = []
+            for sign in (1, -1):
+                values[rows] = kept + sign * step
+                losses.append(self._loss(hidden_ND, replace(head, weight_VD=weight_VD)).item())
+            values[rows] = kept
+            expected = (gradient * step).sum().item()
+            worst = max(worst, abs((losses[0] - losses[1]) / 2 - expected) / max(abs(expected), 1e-12))
+        return worst, 1e-3
 
 
 def _constant(head: OutputHead) -> OutputHead:
@@ -204,22 +223,30 @@ def _packing_error(model: PreTrainedModel, batch: TokenBatch) -> float:
     return worst
 
 
-def _padding_error(ours: Tensor, head: OutputHead, theirs: Tensor, teacher_head: OutputHead) -> float:
-    """Of the KL with 64 rows of noise more in the student's head, which the step must leave out."""
+@torch.no_grad()
+def _log_softmax_by_transformers(model: PreTrainedModel, batch: TokenBatch, rows: int) -> Tensor:
+    """Of the whole model's logits at the loss tokens, over the vocabulary's first rows (N, V)."""
+    logits_BTV = logits(model, batch.input_ids, batch.position_ids)
+    return torch.log_softmax(logits_BTV[batch.loss_mask][:, :rows].float(), -1)
+
+
+def _with_noise(head: OutputHead) -> OutputHead:
+    """The head padded by 64 rows that no token has."""
     noise_VD = torch.randn(64, head.weight_VD.shape[1], generator=torch.Generator().manual_seed(0))
     more_VD = torch.cat([head.weight_VD.detach(), noise_VD.to(head.weight_VD) * head.weight_VD.std().detach()])
     more_V = None if head.bias_V is None else torch.cat([head.bias_V.detach(), noise_VD[:, 0].to(head.bias_V)])
-    padded, common = without_padding(OutputHead(more_VD, head.softcap, more_V, head.scale), teacher_head)
-    plain = distillation_loss(ours, _constant(head), theirs, teacher_head).item()
-    return abs(distillation_loss(ours, padded, theirs, common).item() - plain) / max(abs(plain), 1e-6)
+    return OutputHead(more_VD, head.softcap, more_V, head.scale)
 
 
 def _split_error(student: PreTrainedModel, teacher: Teacher, batch: TokenBatch, terms: Sequence[Term]) -> float:
-    """The largest relative L2 difference of a gradient of the last layer, all sequences at once against one by one."""
+    """The largest relative L2 difference of a gradient, all sequences at once against one by one; of the parameters of
+    the last layer and of the norm after it."""
     asked = {name: p.requires_grad for name, p in student.named_parameters()}
     layers: nn.ModuleList = decoder_layers(student)
     student.requires_grad_(False)
-    parameters = list(layers[-1].parameters())
+    inside = {id(p) for p in layers.parameters()}
+    norms = [p for p in student.base_model.parameters() if p.ndim == 1 and id(p) not in inside]
+    parameters = [*layers[-1].parameters(), *norms]
     found: list[list[Tensor]] = []
     try:
         for parameter in parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from families import VARIANTS, make_batch, make_model
 
 from compress import objectives, step, steptest
 from compress.errors import NumericalError
+from compress.models import OutputHead
 from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import Term
 from compress.steptest import own_text, properties
+from compress.tokens import TokenBatch
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -44,9 +47,7 @@ def test_every_objective_is_tried() -> None:
     assert len(names) == 5 + sum(1 if objective.detached else 2 for objective in of_logits)
 
 
-def test_a_wrong_shift_a_wrong_count_and_a_wrong_gradient_are_found(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_line_finds_what_it_is_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("until=prune")
 
     def found() -> str:
@@ -62,13 +63,34 @@ def test_a_wrong_shift_a_wrong_count_and_a_wrong_gradient_are_found(
     monkeypatch.setattr(step, "_counts", lambda window, *_: ([1.0 / len(window)], 1))
     assert "the same for every split" in found()
     monkeypatch.undo()
-    wrong = objectives.chunked.forward_kl_
-    monkeypatch.setattr(
-        objectives.chunked,
-        "forward_kl_",
-        lambda s, t, temperature, scale, *_: wrong(s, t, temperature, 1.1 * (scale or 1)),
-    )
+    sound = objectives.chunked.forward_kl_
+    for broken, line in (
+        (lambda s, t, temperature, scale, *_: sound(s, t, temperature, 1.1 * (scale or 1)), "finite differences"),
+        (lambda s, t, temperature, scale, *_: sound(s, t, temperature, scale) + 1e-3, "KL(teacher, teacher) is 0"),
+        (lambda s, *more: sound(s, *more) * (1 if s.dtype is torch.float64 else 1.01), "float32 is float64"),
+    ):
+        monkeypatch.setattr(objectives.chunked, "forward_kl_", broken)
+        assert line in found()
+        monkeypatch.undo()
+    product = objectives.chunked._plus_product
+    monkeypatch.setattr(objectives.chunked, "_plus_product", lambda *more, **last: 1.1 * product(*more, **last))
     assert "finite differences" in found()
+    monkeypatch.undo()
+    own = steptest.without_padding
+    monkeypatch.setattr(steptest, "without_padding", lambda one, other: tuple(map(_turned, own(one, other))))
+    assert "padding of the vocabulary" in found()
+    monkeypatch.undo()
+    apart = steptest.trunk
+    monkeypatch.setattr(steptest, "trunk", lambda model, batch: apart(model, _leaking(batch)))
+    assert "packed documents are as each alone" in found()
+
+
+def _turned(head: OutputHead) -> OutputHead:
+    return replace(head, weight_VD=head.weight_VD.roll(1, 1))
+
+
+def _leaking(batch: TokenBatch) -> TokenBatch:
+    return replace(batch, position_ids=torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids))
 
 
 def _shifted(targets: objectives.Targets) -> objectives.Targets:
