@@ -72,7 +72,7 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
     """
     shared: Teacher | None = None
     with single_process_mesh() as mesh, _stop_signals() as stop, contextlib.ExitStack() as stack:
-        trainings = []
+        trainings: list[_Training] = []
         for config, run_dir in members:
             parts, progress = _prepare(config, run_dir, mesh, shared)
             if len(members) > 1 and isinstance(parts.teacher, Teacher):
@@ -80,24 +80,42 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
             settings = config.distill
             folder = run_dir / "distill" / "checkpoints"
             writer = checkpoint.Writer(folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step)
-            trainings.append((progress, _train(parts, progress, stack.enter_context(writer), stop)))
+            steps = _train(parts, progress, stack.enter_context(writer), stop)
+            trainings.append(_Training(progress, steps, torch.get_rng_state()))
         while trainings:
-            behind = min(progress.step for progress, _ in trainings)
+            behind = min(one.progress.step for one in trainings)
             left, interrupted = [], None
-            for progress, steps in trainings:
+            for one in trainings:
                 try:
-                    if progress.step > behind or next(steps, None) is not None:
-                        left.append((progress, steps))
+                    if one.progress.step > behind or one.advance():
+                        left.append(one)
                 except Interrupted as error:
                     interrupted = error
             if interrupted is not None:
-                for _, steps in left:  # these have done theirs: one more, and it is saved
+                for one in left:  # these have done theirs: one more, and it is saved
                     with contextlib.suppress(Interrupted):
-                        next(steps, None)
+                        one.advance()
                 raise interrupted
             if isinstance(shared, OncePerBatch):
                 shared.forget()
             trainings = left
+
+
+@dataclasses.dataclass
+class _Training:
+    """One of those that go on step by step; its random numbers (dropout) are those that it would draw alone."""
+
+    progress: Progress
+    steps: Iterator[int]
+    random: Tensor
+
+    def advance(self) -> bool:
+        """A step more; False where there was none left."""
+        torch.set_rng_state(self.random)
+        try:
+            return next(self.steps, None) is not None
+        finally:
+            self.random = torch.get_rng_state()
 
 
 def _prepare(

@@ -59,19 +59,37 @@ def _train(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
     return _weights(folder, STEPS)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_is_bit_identical(upstream: Path, tmp_path: Path, optimizer: str) -> None:
+def _with_dropout(folder: Path) -> None:
+    """Into the pruned student's config: its training draws random numbers then."""
+    path = folder / "run" / "prune" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.5}))
+
+
+@pytest.mark.parametrize("how", ["adamw", "muon", "dropout", "cached", "damaged"])
+def test_resume_is_bit_identical(upstream: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
     """Train 4 == train 2, lose everything after that, go on: every weight, moment and figure of the log."""
+    settings = {"muon": ("distill.optimizer=muon",), "cached": ("teacher.mode=cached",)}.get(how, ())
     whole, cut = _copy(upstream, tmp_path / "whole"), _copy(upstream, tmp_path / "cut")
-    expected = _train(whole, f"distill.optimizer={optimizer}")
-    _train(cut, f"distill.optimizer={optimizer}")
+    for folder in (whole, cut):
+        if how == "dropout":
+            _with_dropout(folder)
+        if how == "cached":
+            pipeline.run(_config(folder, "stage=cache", *settings))
+    expected = _train(whole, *settings)
+    _train(cut, *settings)
     for step in (3, 4):
-        shutil.rmtree(cut / "run" / "distill" / "checkpoints" / f"step_{step:08d}")
+        checkpoints = cut / "run" / "distill" / "checkpoints" / f"step_{step:08d}"
+        if how == "damaged":  # they are there, and are passed over
+            (shard,) = checkpoints.glob("*.safetensors")
+            shard.write_bytes(shard.read_bytes()[:-1])
+        else:
+            shutil.rmtree(checkpoints)
     torch.manual_seed(99)
     torch.rand(5)
-    again = _train(cut, f"distill.optimizer={optimizer}")
+    again = _train(cut, *settings)
+    assert ("step_00000004 is damaged" in caplog.text) == (how == "damaged"), caplog.text
     assert expected.keys() == again.keys()
-    assert any("/momentum_buffer" in k for k in expected) == (optimizer == "muon")
+    assert any("/momentum_buffer" in k for k in expected) == (how == "muon")
     for name, tensor in expected.items():
         assert torch.equal(tensor, again[name]), name
     ours, theirs = ([{k: v for k, v in row.items() if "second" not in k} for row in _rows(f)] for f in (whole, cut))

@@ -46,6 +46,17 @@ def test_each_is_what_it_would_be_alone_and_the_teacher_runs_once(
     assert not asked, "done before"
 
 
+def test_each_draws_its_own_random_numbers(run: Run, teacher: Path, tmp_path: Path) -> None:
+    """A student with dropout, beside another."""
+    path = teacher / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.5}))
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    run(f"run_dir={both}", f"teacher.path={teacher}", *NONE, BOTH, "until=export")
+    run(f"run_dir={alone}", f"teacher.path={teacher}", *NONE, *ALONE["short"], "until=export")
+    ours, theirs = _weights(both / "short"), _weights(alone)
+    assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
 def test_one_that_is_behind_catches_up(run: Run, tmp_path: Path) -> None:
     """After a kill between two saves: the checkpoints of one are older."""
     settings = (
