@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from compress import checkpoint, training_log
 from compress.capture import check_models, listening, make_projections
 from compress.errors import Interrupted, NumericalError
-from compress.estimate import flops_per_token
+from compress.estimate import flops_per_second, flops_per_token
 from compress.folders import read_model
 from compress.inputs import kept_channels, learned_from, open_cache, start_of
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model, logits_of
@@ -153,7 +153,7 @@ def _prepare(
         log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
     metrics = run_dir / "distill" / "metrics.jsonl"
     training_log.keep_up_to(metrics, progress.step)
-    work = _work(config, teacher_path, student_path)
+    work = _work(config, teacher_path, student_path, dtype)
     return _Parts(config, student, teacher, optimizer, average, data, sets, work, metrics), progress
 
 
@@ -191,7 +191,7 @@ class _Parts:
     average: MovingAverage | None
     data: TokenSet
     sets: dict[str, list[TokenBatch]]  # to validate on, by name
-    work: Callable[[int], float] | None  # FLOP of a token in a sequence of that length, over the peak in a second
+    work: Callable[[int], float]  # FLOP of a token in a sequence of that length, over the peak in a second
     metrics: Path
 
     @property
@@ -199,11 +199,11 @@ class _Parts:
         return self.teacher if isinstance(self.teacher, PreviousSelf) else None
 
 
-def _work(config: CompressConfig, teacher: Path, student: Path) -> Callable[[int], float] | None:
-    """The seconds that a token of a sequence of some length would take at cluster.peak_flops; None without it."""
-    peak, trust, recompute = config.cluster.peak_flops, config.teacher.trust_remote_code, config.distill.recompute
-    if peak is None:
-        return None
+def _work(config: CompressConfig, teacher: Path, student: Path, dtype: torch.dtype) -> Callable[[int], float]:
+    """The seconds that a token of a sequence of some length would take at cluster.peak_flops, or at the speed of a
+    plain product here."""
+    trust, recompute = config.teacher.trust_remote_code, config.distill.recompute
+    peak = config.cluster.peak_flops or flops_per_second(dtype)
     info, shape = read_model(teacher, trust), read_model(student, trust).shape
     asked = asks_teacher(config)
     return lambda length: flops_per_token(info, shape, length, recompute, asked) / peak

@@ -37,7 +37,8 @@ OVERHEAD_SECONDS = 6.0  # imports, loading, saving
 
 def flops_per_second(dtype: torch.dtype) -> float:
     """Of one product as large as a small model's, measured now."""
-    left_MK, right_KN = torch.randn(1024, 576).to(dtype), torch.randn(576, 1536).to(dtype)
+    own = torch.Generator()  # a training's random numbers are its own
+    left_MK, right_KN = (torch.randn(*size, generator=own).to(dtype) for size in ((1024, 576), (576, 1536)))
     times = []
     for _ in range(6):
         start = time.perf_counter()

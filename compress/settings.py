@@ -347,7 +347,7 @@ class ClusterConfig:
     num_nodes: int = 1
     gpus_per_node: int = 0  # 0 = the CPU trains
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
-    peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = measured here
+    peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = of a product here
     efficiency: float = 0.4  # share of it that a training step reaches
     price_per_gpu_hour: float | None = None
 

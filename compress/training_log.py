@@ -45,17 +45,16 @@ def keep_up_to(metrics: Path, step: int) -> None:
         write_atomic(metrics, "".join(f"{json.dumps(row)}\n" for row in rows(metrics) if row["step"] <= step))
 
 
-def speed(seconds: float, phase: Phase, work: Callable[[int], float] | None, **parts: float) -> Row:
+def speed(seconds: float, phase: Phase, work: Callable[[int], float], **parts: float) -> Row:
     """The figures of a step that took `seconds`, of which the named parts took theirs and the student the rest.
 
-    work: seconds of a token at the peak, by sequence length; None where the peak isn't known.
+    work: seconds of a token at the peak, by sequence length.
     """
     rest = seconds - sum(parts.values())
-    ideal = None if work is None else work(phase.sequence_length) * phase.tokens_per_step
     return {
         "seconds": seconds,
         "tokens_per_second": phase.tokens_per_step / seconds,
-        "mfu": None if ideal is None else ideal / seconds,
+        "mfu": work(phase.sequence_length) * phase.tokens_per_step / seconds,
         "share_of_seconds": {name: one / seconds for name, one in {**parts, "student": rest}.items()},
     }
 

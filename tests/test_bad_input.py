@@ -606,22 +606,23 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     assert not left, "what the killed runs left behind was removed"
 
 
-def test_sigterm_saves_says_so_and_the_same_command_goes_on_to_the_same_bits(
-    spawn: Spawn, run: Run, undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["SIGTERM", *[pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT")]])
+def test_a_signal_saves_says_so_and_the_same_command_goes_on_to_the_same_bits(
+    spawn: Spawn, run: Run, undisturbed: Path, tmp_path: Path, name: str
 ) -> None:
     folder = tmp_path / "run"
     metrics = folder / "distill" / "metrics.jsonl"
     rare = (LONG[0], "distill.checkpoint_steps=1000")  # only the signal saves
     process = spawn(*rare, "distill.async_checkpoint=true")  # which a signal waits for
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.Signals[name])
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
-    said = re.search(rf"compress: SIGTERM: step (\d+) of {STEPS} is saved; the same command goes on", output)
+    said = re.search(rf"compress: {name}: step (\d+) of {STEPS} is saved; the same command goes on", output)
     assert said, output
     assert checkpoint.steps(folder / "distill" / "checkpoints") == [int(said[1])]
     assert 3 <= int(said[1]) < STEPS
-    assert "SIGTERM" in json.loads((folder / "distill" / "error.json").read_text())["error"]
+    assert name in json.loads((folder / "distill" / "error.json").read_text())["error"]
     run(*rare)
     assert same_model(folder / "export", undisturbed / "export")
     assert not (folder / "distill" / "error.json").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, without_times
 from safetensors.torch import load_file
 
 from compress import estimate
@@ -39,7 +39,7 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+    return [without_times(row) for row in rows]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
