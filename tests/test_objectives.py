@@ -178,8 +178,27 @@ def test_golden_numbers(text: str) -> None:
     labels = torch.tensor(GOLDEN["labels"])
     for row, expected in enumerate(GOLDEN["per_token"][text]):
         here = slice(row, row + 1)
-        loss, _ = _of_logits(student[here], teacher[here], [_term(text)], labels[here])
+        logits = student[here].clone().requires_grad_()
+        loss, _ = _of_logits(logits, teacher[here], [_term(text)], labels[here])
         assert loss.item() == pytest.approx(expected, rel=1e-9)
+        if text in GOLDEN["gradient"]:  # by central differences of the formula
+            [gradient] = torch.autograd.grad(loss, [logits])
+            assert gradient[0].tolist() == pytest.approx(GOLDEN["gradient"][text][row], abs=1e-8)
+
+
+def test_golden_previous_self() -> None:
+    """DLB: cross-entropy and 3**2 KL at temperature 3 against what the model itself said before."""
+    student, previous = (torch.tensor(GOLDEN[key], dtype=torch.float64) for key in ("student", "previous"))
+    terms = [Term("cross_entropy"), Term("forward_kl", temperature=3, squared=True)]
+    golden = GOLDEN["previous_self"]
+    for row, label in enumerate(GOLDEN["labels"]):
+        logits = student[row : row + 1].clone().requires_grad_()
+        scales = [term.factor for term in terms]
+        loss, sums = _of_logits(logits, previous[row : row + 1], terms, torch.tensor([label]), scales=scales)
+        assert sums[1].item() == pytest.approx(golden["kl temperature=3"][row], rel=1e-9)
+        assert loss.item() == pytest.approx(golden["dlb"][row], rel=1e-9)
+        [gradient] = torch.autograd.grad(loss, [logits])
+        assert gradient[0].tolist() == pytest.approx(golden["dlb gradient"][row], abs=1e-8)
 
 
 def test_golden_span() -> None:

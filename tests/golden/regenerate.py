@@ -42,9 +42,22 @@ def kl(p, q):
     return float((p * np.log(p / q)).sum())
 
 
-def per_token(function, temperature=1.0):
-    rows = zip(softmax(TEACHER, temperature), softmax(STUDENT, temperature), LABELS, strict=True)
-    return [function(p, q, label) for p, q, label in rows]
+def of_distributions(function, temperature=1.0):
+    """function(p, q, label) of the teacher's and the student's distributions, as one of their logits."""
+    return lambda teacher, student, label: function(softmax(teacher, temperature), softmax(student, temperature), label)
+
+
+def per_token(formula, teacher=TEACHER):
+    return [float(formula(*row)) for row in zip(np.array(teacher), np.array(STUDENT), LABELS, strict=True)]
+
+
+def gradient(formula, teacher=TEACHER, size=1e-5):
+    """Of each token's value in the student's logits, by central differences."""
+    found = []
+    for row, logits, label in zip(np.array(teacher), np.array(STUDENT), LABELS, strict=True):
+        steps = size * np.eye(len(logits))
+        found.append([(formula(row, logits + d, label) - formula(row, logits - d, label)) / (2 * size) for d in steps])
+    return np.array(found).tolist()
 
 
 def jensen_shannon(p, q, beta):
@@ -90,6 +103,13 @@ def entropy_weight(p):
     return float(-(p * np.log(p)).sum() / np.log(len(p)))
 
 
+def dynamic(teacher, student, max_temperature):
+    p = softmax(teacher)
+    first, second = np.sort(p)[::-1][:2]
+    temperature = 1 + (max_temperature - 1) * (first - second)
+    return (1 - entropy_weight(p)) * temperature**2 * kl(softmax(teacher, temperature), softmax(student, temperature))
+
+
 def relation(left, right):
     """Every head's softmax over the tokens up to the row's own."""
     found = []
@@ -105,6 +125,42 @@ def relation_kl(teacher, student):
     return sum(rows) / len(rows)
 
 
+FORMULAS = {
+    "forward_kl": of_distributions(lambda p, q, _: kl(p, q)),
+    "forward_kl temperature=3": of_distributions(lambda p, q, _: kl(p, q), 3.0),
+    "reverse_kl": of_distributions(lambda p, q, _: kl(q, p)),
+    "reverse_kl temperature=3": of_distributions(lambda p, q, _: kl(q, p), 3.0),
+    "jensen_shannon": of_distributions(lambda p, q, _: jensen_shannon(p, q, 0.5)),
+    "jensen_shannon beta=0.9": of_distributions(lambda p, q, _: jensen_shannon(p, q, 0.9)),
+    "jensen_shannon beta=0.1": of_distributions(lambda p, q, _: jensen_shannon(p, q, 0.1)),
+    "skew_kl": of_distributions(lambda p, q, _: kl(p, 0.1 * p + 0.9 * q)),
+    "skew_kl skew=0.3": of_distributions(lambda p, q, _: kl(p, 0.3 * p + 0.7 * q)),
+    "skew_reverse_kl": of_distributions(lambda p, q, _: kl(q, 0.9 * p + 0.1 * q)),
+    "skew_reverse_kl skew=0.3": of_distributions(lambda p, q, _: kl(q, 0.7 * p + 0.3 * q)),
+    "total_variation": of_distributions(lambda p, q, _: np.abs(p - q).sum() / 2),
+    "adaptive_kl": of_distributions(lambda p, q, _: adaptive(p, q)),
+    "top_k_kl k=4": of_distributions(lambda p, q, _: bucketed(p, q, 4)),
+    "bild k=3 temperature=3": lambda teacher, student, _: bild(teacher, student, 3, 3.0),
+    "bild k=4 temperature=3": lambda teacher, student, _: bild(teacher, student, 4, 3.0),
+    "bild k=8 temperature=3": lambda teacher, student, _: bild(teacher, student, 8, 3.0),
+    "bild k=4": lambda teacher, student, _: bild(teacher, student, 4, 1.0),
+    "dac_kl lower_quantile=0.5": of_distributions(lambda p, q, _: dac(p, q, 0.5, 1.0)),
+    "uncertainty_kl": of_distributions(lambda p, q, _: entropy_weight(q) * kl(p, q)),
+    "dynamic_kl": lambda teacher, student, _: dynamic(teacher, student, 3.0),
+    "cross_entropy": of_distributions(lambda _, q, label: -np.log(q[label])),
+    "label_smoothing smoothing=0.3": of_distributions(
+        lambda p, q, label: -0.7 * np.log(q[label]) - 0.3 * (p * np.log(q)).sum()
+    ),
+}
+WEIGHTED = ("adaptive_kl", "uncertainty_kl")  # by what no gradient goes through
+
+
+def dlb(previous, student, label):
+    """Cross-entropy and 3**2 KL at temperature 3 against what the model itself said before."""
+    own = 9 * kl(softmax(previous, 3.0), softmax(student, 3.0))
+    return -np.log(softmax(student)[label]) + own
+
+
 if __name__ == "__main__":
     teacher, student = np.array(TEACHER), np.array(STUDENT)
     p, q, previous = softmax(TEACHER), softmax(STUDENT), softmax(PREVIOUS, 3.0)
@@ -114,37 +170,14 @@ if __name__ == "__main__":
         "student": STUDENT,
         "previous": PREVIOUS,
         "labels": LABELS,
-        "per_token": {
-            "forward_kl": per_token(lambda p, q, _: kl(p, q)),
-            "forward_kl temperature=3": per_token(lambda p, q, _: kl(p, q), 3.0),
-            "reverse_kl": per_token(lambda p, q, _: kl(q, p)),
-            "reverse_kl temperature=3": per_token(lambda p, q, _: kl(q, p), 3.0),
-            "jensen_shannon": per_token(lambda p, q, _: jensen_shannon(p, q, 0.5)),
-            "jensen_shannon beta=0.9": per_token(lambda p, q, _: jensen_shannon(p, q, 0.9)),
-            "skew_kl": per_token(lambda p, q, _: kl(p, 0.1 * p + 0.9 * q)),
-            "skew_kl skew=0.3": per_token(lambda p, q, _: kl(p, 0.3 * p + 0.7 * q)),
-            "skew_reverse_kl": per_token(lambda p, q, _: kl(q, 0.9 * p + 0.1 * q)),
-            "skew_reverse_kl skew=0.3": per_token(lambda p, q, _: kl(q, 0.7 * p + 0.3 * q)),
-            "total_variation": per_token(lambda p, q, _: float(np.abs(p - q).sum() / 2)),
-            "adaptive_kl": per_token(lambda p, q, _: adaptive(p, q)),
-            "top_k_kl k=4": per_token(lambda p, q, _: bucketed(p, q, 4)),
-            "bild k=3 temperature=3": [bild(t, s, 3, 3.0) for t, s in zip(teacher, student, strict=True)],
-            "bild k=4 temperature=3": [bild(t, s, 4, 3.0) for t, s in zip(teacher, student, strict=True)],
-            "bild k=8 temperature=3": [bild(t, s, 8, 3.0) for t, s in zip(teacher, student, strict=True)],
-            "bild k=4": [bild(t, s, 4, 1.0) for t, s in zip(teacher, student, strict=True)],
-            "dac_kl lower_quantile=0.5": per_token(lambda p, q, _: dac(p, q, 0.5, 1.0)),
-            "uncertainty_kl": per_token(lambda p, q, _: entropy_weight(q) * kl(p, q)),
-            "cross_entropy": per_token(lambda _, q, label: float(-np.log(q[label]))),
-            "label_smoothing smoothing=0.3": per_token(
-                lambda p, q, label: float(-0.7 * np.log(q[label]) - 0.3 * (p * np.log(q)).sum())
-            ),
-        },
+        "per_token": {name: per_token(formula) for name, formula in FORMULAS.items()},
+        "gradient": {name: gradient(formula) for name, formula in FORMULAS.items() if name not in WEIGHTED},
         "span_relation": float(span),
         "tie": bild(np.array([2.0, 1.0, 1.0, 0.0]), np.array([1.5, 0.2, 0.9, -0.3]), 3, 3.0),
         "previous_self": {
             "kl temperature=3": [kl(a, b) for a, b in zip(previous, softmax(STUDENT, 3.0), strict=True)],
-            "entropy_weight": [entropy_weight(row) for row in q],
-            "entropy_weight of the previous": [entropy_weight(row) for row in softmax(PREVIOUS)],
+            "dlb": per_token(dlb, PREVIOUS),
+            "dlb gradient": gradient(dlb, PREVIOUS),
         },
     }
     values["minilm"] = MINILM | {
