@@ -44,6 +44,7 @@ NUM_TOKENS, BEST_TOKENS = 24_576, 65_536
 CONTENDERS: dict[str, list[str]] = {
     "forward_kl": [],
     "forward_kl, Muon": ["distill.optimizer=muon"],
+    "forward_kl, Muon at 0.02": ["distill.optimizer=muon", "distill.muon_learning_rate=0.02"],
     "forward_kl, Muon at 0.005": ["distill.optimizer=muon", "distill.muon_learning_rate=0.005"],
     "forward_kl, Muon at 0.0025": ["distill.optimizer=muon", "distill.muon_learning_rate=0.0025"],
     "forward_kl, corrected teacher": [
@@ -63,10 +64,13 @@ CONTENDERS: dict[str, list[str]] = {
     "top_k_kl, k=64": ["distill.objectives=[{objective: top_k_kl, k: 64}]"],
     "bild, k=8": ["distill.objectives=[{objective: bild, temperature: 3}]"],
     "dac_kl": ["distill.objectives=[{objective: dac_kl, lower_quantile: 0.95}]"],
+    "dynamic_kl": ["distill.objectives=[{objective: dynamic_kl}]"],
     "uncertainty_kl": ["distill.objectives=[{objective: uncertainty_kl}]"],
     "forward_kl + span_relation": ["distill.objectives=[{}, {objective: span_relation, weight: 10}]"],
     "forward_kl + 0.3 cross_entropy": ["distill.objectives=[{}, {objective: cross_entropy, weight: 0.3}]"],
     "forward_kl + hidden_cosine": ["distill.objectives=[{}, {objective: hidden_cosine, layers: [[-3, -3]]}]"],
+    "forward_kl + hidden_mse": ["distill.objectives=[{}, {objective: hidden_mse, layers: [[-3, -3]], weight: 0.01}]"],
+    "forward_kl + embedding_mse": ["distill.objectives=[{}, {objective: embedding_mse}]"],
     "forward_kl + minilm": [
         "distill.objectives=[{}, {objective: minilm_attention, weight: 0.1}, {objective: minilm_value, weight: 0.1}]"
     ],
