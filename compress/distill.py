@@ -35,7 +35,15 @@ from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.signals import check_student
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
-from compress.teacher import CachedTeacher, NoTeacher, OncePerBatch, PreviousSelf, Teacher, overlapping
+from compress.teacher import (
+    CachedTeacher,
+    NoTeacher,
+    OncePerBatch,
+    PreviousSelf,
+    RememberedTeacher,
+    Teacher,
+    overlapping,
+)
 from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
     asks_teacher,
@@ -134,6 +142,11 @@ def _prepare(
     torch.manual_seed(config.seed)
     model = load_model(student_path, torch.float32, trust)
     teacher = _teacher(config, run_dir, dtype, model, shared)
+    judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
+    if sets and judge is None:
+        asked = Teacher(load_model(teacher_path, dtype, trust))
+        judge = RememberedTeacher(asked, [batch for batches in sets.values() for batch in batches])
+        del asked
     if settings.recompute:
         recompute_layers(model)
     if settings.compile:
@@ -154,7 +167,7 @@ def _prepare(
     metrics = run_dir / "distill" / "metrics.jsonl"
     training_log.keep_up_to(metrics, progress.step)
     work = _work(config, teacher_path, student_path, dtype)
-    return _Parts(config, student, teacher, optimizer, average, data, sets, work, metrics), progress
+    return _Parts(config, student, teacher, optimizer, average, data, sets, judge, work, metrics), progress
 
 
 def _teacher(
@@ -191,6 +204,7 @@ class _Parts:
     average: MovingAverage | None
     data: TokenSet
     sets: dict[str, list[TokenBatch]]  # to validate on, by name
+    judge: Teacher | RememberedTeacher | None  # who knows what the teacher says of them; None without sets
     work: Callable[[int], float]  # FLOP of a token in a sequence of that length, over the peak in a second
     metrics: Path
 
@@ -306,8 +320,8 @@ def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
     """Measure what would be exported, foretell the phase's end, and stop the phase where recovery has levelled off."""
     settings, began, tokens = parts.config.distill, time.perf_counter(), phase.tokens_after(progress.step)
     with parts.average.in_place() if parts.average is not None else contextlib.nullcontext():
-        assert isinstance(parts.teacher, Teacher), "refused by rules.py"
-        figures = validate(parts.student, parts.teacher, parts.sets)
+        assert parts.judge is not None
+        figures = validate(parts.student, parts.judge, parts.sets)
     kl = mean_kl(figures)
     if not math.isfinite(kl):
         raise NumericalError(

@@ -43,7 +43,8 @@ from compress.folders import read_config, read_model
 from compress.inputs import source_of, student_of, teacher_of
 from compress.manifests import books, check_upstream, expectations, is_done, read_manifest, run_stage
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
-from compress.objectives.table import needs_hidden_states
+from compress.objectives.table import OBJECTIVES, needs_hidden_states
+from compress.objectives.terms import Term
 from compress.parallel import check_compiler, refuse_several_ranks
 from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
@@ -273,9 +274,10 @@ def _check_models(config: CompressConfig) -> None:
     check_usable(teacher, trust)
     vocabulary = read_config(teacher, trust).shape.vocab_size
     for number, term in enumerate(config.distill.objectives):
-        if term.k is not None and term.k > vocabulary:
+        k = (Term.k if term.k is None else term.k) if "k" in OBJECTIVES[term.objective].options else 1
+        if k > vocabulary:
             raise ConfigError(
-                f"distill.objectives[{number}].k={term.k} must be within 1 and vocab_size={vocabulary} of the teacher "
+                f"distill.objectives[{number}].k={k} must be within 1 and vocab_size={vocabulary} of the teacher "
                 f"{teacher}"
             )
     if needs_hidden_states(config.distill.objectives):

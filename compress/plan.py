@@ -133,6 +133,10 @@ def _step_memory(
 ) -> dict[str, dict[str, int]]:
     """Of a distillation step and, where the teacher is corrected, of a step of its own training, by moment."""
     beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
+    if config.teacher.whole_window and layout.teacher_runs:
+        largest = max(phase["global_batch_size"] * phase["sequence_length"] for phase in phase_settings(config))
+        states = largest // layout.num_ranks * teacher.shape.hidden_size * layout.compute_bytes
+        beside["teacher: final states of the whole window"] = states
     memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
     memory["the loss"]["states that terms compare"] = _compared(config, teacher.shape, student, layout)
     if config.correct.num_tokens is not None:

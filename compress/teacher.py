@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +41,20 @@ class Teacher:
         with recording(self.model, self.listening, batch.loss_mask) as recorded:
             hidden_NE = trunk(self.model, batch)[batch.loss_mask]
         return DenseSignal(hidden_NE, output_head(self.model), recorded if self.listening else None)
+
+
+class RememberedTeacher:
+    """What a teacher says of some micro-batches, asked once: its last hidden states and its head stay, the rest may go.
+
+    For validation where training asks nobody, or a cache.
+    """
+
+    def __init__(self, teacher: Teacher, batches: Iterable[TokenBatch]) -> None:
+        self._said = {id(batch): (batch, teacher.signal(batch)) for batch in batches}  # the batch, so that its id stays
+
+    def signal(self, batch: TokenBatch) -> DenseSignal:
+        """Raises KeyError for a batch that it wasn't asked about."""
+        return self._said[id(batch)][1]
 
 
 class NoTeacher:

@@ -80,25 +80,22 @@ def shortened_to(settings: DistillConfig, phase: Phase, progress: Progress) -> i
     return steps if steps < phase.num_steps else None  # else the decay has begun
 
 
-def refuse_empty_windows(
-    data: TokenSet, order: SequenceOrder, max_steps: int, global_batch_size: int, what: str
-) -> None:
+def refuse_empty_windows(data: TokenSet, order: SequenceOrder, max_steps: int, per_step: int, what: str) -> None:
     """Every step of the whole run must have a loss token: known from the index before the first forward."""
-    per_draw = data.loss_tokens[order.indices(0, max_steps * global_batch_size)]
-    empty = np.flatnonzero(per_draw.reshape(max_steps, global_batch_size).sum(1) == 0)
+    per_draw = data.loss_tokens[order.indices(0, max_steps * per_step)]
+    empty = np.flatnonzero(per_draw.reshape(max_steps, per_step).sum(1) == 0)
     if len(empty):
         raise ConfigError(
             f"{what} step {empty[0] + 1} of {max_steps} would have no loss token ({len(empty)} such): every "
-            f"token of its {global_batch_size} sequences is masked. Raise distill.global_batch_size, or unmask text "
-            "(data.loss_on=all)"
+            f"token of its {per_step} new sequences is masked. Raise the global batch size, distill.global_batch_size "
+            "or the phase's own, or unmask text (data.loss_on=all)"
         )
 
 
 def asks_teacher(config: CompressConfig) -> bool:
     """Whether a teacher's forward runs in training: by itself the text is enough for objectives of labels alone."""
-    terms, validates = config.distill.objectives, config.distill.validate_steps is not None
-    labels_only = all(OBJECTIVES[term.objective].labels_only for term in terms)
-    return config.teacher.mode is TeacherMode.online and (validates or not labels_only)
+    labels_only = all(OBJECTIVES[term.objective].labels_only for term in config.distill.objectives)
+    return config.teacher.mode is TeacherMode.online and not labels_only
 
 
 def terms_at(settings: DistillConfig, step: int = 0, max_steps: int = 1) -> list[Term]:

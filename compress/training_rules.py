@@ -161,24 +161,14 @@ def _check_cached(config: CompressConfig) -> None:
                 f"teacher.mode=cached, which holds sequences of data.sequence_length={config.data.sequence_length}; "
                 "leave it null, or set teacher.mode=online"
             )
-    _refuse_validation(config)
     for number, term in enumerate(config.distill.objectives):
         _check_cached_term(config, f"distill.objectives[{number}]", term)
-
-
-def _refuse_validation(config: CompressConfig) -> None:
-    if config.distill.validate_steps is not None:
-        raise ConfigError(
-            f"distill.validate_steps={config.distill.validate_steps} compares with the teacher itself, which "
-            f"teacher.mode={config.teacher.mode} doesn't load; set it null, or teacher.mode=online"
-        )
 
 
 def _check_previous_self(config: CompressConfig) -> None:
     """Half of a batch is repeated, has something said of it, and is never in one micro-batch with the other half."""
     from compress.objectives.table import OBJECTIVES, needs_hidden_states
 
-    _refuse_validation(config)
     micro = config.distill.micro_batch_size
     for phase in phase_settings(config):
         batch = phase["global_batch_size"]
@@ -213,7 +203,7 @@ def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> No
         other_kinds = [f"cache.kind={name}" for name in objective.sparse]
         raise ConfigError(
             f"{key}.objective={term.objective} can't be had from teacher.mode=cached with cache.kind={kind}, which "
-            f"serves {', '.join(fitting)}; take one of them, {' or '.join([*other_kinds, 'teacher.mode=online'])}"
+            f"serves {', '.join(fitting)}; take one of them, or {' or '.join([*other_kinds, 'teacher.mode=online'])}"
         )
     for name, value in (("temperature", term.temperature), ("temperature_end", term.temperature_end)):
         if value is not None and value != 1:

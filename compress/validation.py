@@ -10,10 +10,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from compress.errors import ConfigError
-from compress.objectives.chunked import DenseSignal
 from compress.settings import CompressConfig, set_name
 from compress.step import StudentModule
-from compress.teacher import Teacher
+from compress.teacher import RememberedTeacher, Teacher
 from compress.tokens import TokenBatch, TokenSet
 
 Figures = dict[str, dict[str, float]]
@@ -39,7 +38,9 @@ def validation_batches(config: CompressConfig, run_dir: Path) -> dict[str, list[
 
 
 @torch.no_grad()
-def validate(student: StudentModule, teacher: Teacher, sets: Mapping[str, Sequence[TokenBatch]]) -> Figures:
+def validate(
+    student: StudentModule, teacher: Teacher | RememberedTeacher, sets: Mapping[str, Sequence[TokenBatch]]
+) -> Figures:
     """For each set kl_to_teacher and loss (nats per token), and top1_agreement (share of tokens).
 
     Weights, random numbers and the mode of the student are as before.
@@ -51,9 +52,7 @@ def validate(student: StudentModule, teacher: Teacher, sets: Mapping[str, Sequen
             for name, batches in sets.items():
                 sums, count = torch.zeros(3, dtype=torch.float64), 0
                 for batch in batches:
-                    signal = teacher.signal(batch)
-                    assert isinstance(signal, DenseSignal)
-                    sums += student.figures(batch, signal)
+                    sums += student.figures(batch, teacher.signal(batch))
                     count += int(batch.loss_mask.sum())
                 kl, loss, same = (sums / count).tolist()
                 result[name] = {"kl_to_teacher": kl, "loss": loss, "top1_agreement": same}
