@@ -21,13 +21,12 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.artifacts import fingerprint, write_json
-from compress.errors import ConfigError, NumericalError
-from compress.folders import read_model
-from compress.inputs import cached_from, learned_from, open_cache, teacher_of
+from compress.errors import NumericalError
+from compress.inputs import cache_form, cached_from, learned_from, open_cache
 from compress.models import load_model, output_head
 from compress.parallel import resolve_dtype
 from compress.progress import track
-from compress.settings import CacheKind, CompressConfig
+from compress.settings import CompressConfig
 from compress.signals import Form, Said, keys_of, pack, say, shard_facts, write_index, write_shard
 from compress.step import trunk
 from compress.tokens import INDEX, Ints, TokenBatch, TokenSet, shard_name
@@ -39,7 +38,7 @@ REPORT = "report.json"
 
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError before any long work when the teacher has no k tokens to keep. Reads no weights."""
-    form_of(config)
+    cache_form(config)
 
 
 def check(config: CompressConfig, run_dir: Path) -> None:
@@ -53,7 +52,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     Raises ConfigError for a step without loss tokens or a k above the vocabulary, NumericalError, naming sequence and
     token, where the teacher's logits aren't finite.
     """
-    form = form_of(config)
+    form = cache_form(config)
     check_training_data(config, run_dir)
     data = TokenSet.open(run_dir / "tokens" / "train")
     folder, made_from = run_dir / "cache", cached_from(config, run_dir)
@@ -139,13 +138,3 @@ def _report(folder: Path, form: Form, num_sequences: int, names: list[str]) -> N
     held = f"{report['mean_mass']:.2%} of the mass" if form.kind == "top_k" else "unbiased"
     log.info("cache: %s of %d, %s loss tokens in %.1f MB: %.1f bytes a token, %.1f ids each, %s", form.kind, form.size,
              f"{int(count):,}", size / 1e6, report["bytes_per_token"], report["mean_distinct_ids"], held)  # fmt: skip
-
-
-def form_of(config: CompressConfig) -> Form:
-    """How tokens are kept. Raises ConfigError for a k above the teacher's vocabulary."""
-    settings, teacher = config.cache, teacher_of(config)
-    vocab_size = read_model(teacher, config.teacher.trust_remote_code).shape.vocab_size
-    if settings.kind is CacheKind.top_k and settings.k > vocab_size:
-        raise ConfigError(f"cache.k={settings.k} must be within 1 and vocab_size={vocab_size} of the teacher {teacher}")
-    size = settings.k if settings.kind is CacheKind.top_k else settings.num_samples
-    return Form(settings.kind.value, size, vocab_size)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress import checkpoint, distill, export
+from compress import checkpoint
 from compress.artifacts import link, read_json, write_json
 from compress.inputs import teacher_of
 from compress.metrics import language_modelling
@@ -30,10 +31,15 @@ log = logging.getLogger(__name__)
 REPORT, TRIAL = "report.json", "trial.json"
 
 
-def run(config: CompressConfig, run_dir: Path) -> None:
+def run(
+    config: CompressConfig,
+    run_dir: Path,
+    train: Callable[[CompressConfig, Path], None],
+    export: Callable[[CompressConfig, Path], None],
+) -> None:
     """Write correct/report.json and, unless the trial gained too little, correct/export, a Hugging Face folder.
 
-    Raises as `distill.run`; after a kill it goes on where it was.
+    `train` and `export` are what stages distill and export do. Raises as they; after a kill it goes on where it was.
     """
     folder = run_dir / "correct"
     link(folder / "tokens", run_dir / "tokens")
@@ -42,7 +48,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     if (folder / TRIAL).exists() and checkpoint.steps(checkpoints):  # judged before a kill, maybe at an earlier step
         report = read_json(folder / TRIAL)
     else:
-        distill.run(trial, folder)
+        train(trial, folder)
         report = _gains(trial, folder, run_dir)
         write_json(folder / TRIAL, report)
     needed = report["gain"] >= config.correct.min_gain
@@ -52,8 +58,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         "going on" if needed else f"less than correct.min_gain={config.correct.min_gain:g}, so it stays as it is",
     )  # fmt: skip
     if needed:
-        distill.run(whole, folder)
-        export.run(whole, folder)
+        train(whole, folder)
+        export(whole, folder)
         report = {**_gains(whole, folder, run_dir), "trial": report}
         log.info("correct: the teacher's validation loss is %+.2f%%", -100 * report["gain"])
     write_json(folder / REPORT, {"needed": needed, **report})
@@ -64,7 +70,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
 def _gains(config: CompressConfig, folder: Path, run_dir: Path) -> dict[str, Any]:
     """What the newest checkpoint has gained: losses of each validation set, and the mean share that they fell by."""
     found = checkpoint.newest(folder / "distill" / "checkpoints")
-    assert found is not None, "distill.run ends with a checkpoint"
+    assert found is not None, "training ends with a checkpoint"
     trust, dtype = config.teacher.trust_remote_code, resolve_dtype(config.compute_dtype)
     model = load_model(teacher_of(config), torch.float32, trust)
     load_trained(found[0], model)

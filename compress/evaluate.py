@@ -13,8 +13,7 @@ from rich.table import Table
 from compress.artifacts import read_json, remedy_for, write_json
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
-from compress.export import folder_name as export_folder
-from compress.inputs import KEPT, student_of, teacher_of
+from compress.inputs import KEPT, export_folder, student_of, teacher_of
 from compress.metrics import generation_speed, language_modelling
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import read_items

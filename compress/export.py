@@ -12,7 +12,7 @@ from compress import checkpoint
 from compress.artifacts import MANIFEST, building_folder, open_permissions, replace_contents, write_json
 from compress.contract import describe_export, log_engines
 from compress.errors import ArtifactError, ConfigError
-from compress.inputs import student_of, teacher_of
+from compress.inputs import export_folder, student_of, teacher_of
 from compress.models import cast_weights, load_model
 from compress.parallel import resolve_dtype
 from compress.phases import Progress, num_steps
@@ -23,11 +23,6 @@ from compress.training import load_trained
 
 log = logging.getLogger(__name__)
 REPORT = "report.json"
-
-
-def folder_name(config: CompressConfig) -> str:
-    """`export`, or `export-step-16` for a step asked for by number: that one may be made while training goes on."""
-    return "export" if config.export.step is None else f"export-step-{config.export.step}"
 
 
 def preflight(config: CompressConfig, run_dir: Path, training: bool) -> None:
@@ -59,7 +54,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     pruned = student_of(config, run_dir)
-    held = run_dir / f".{folder_name(config)}-held"
+    held = run_dir / f".{export_folder(config)}-held"
     with checkpoint.held(run_dir / "distill" / "checkpoints", held, config.export.step) as found:
         if found is None:
             raise ArtifactError(f"{run_dir / 'distill'} has no committed checkpoint yet; run stage=distill first")
@@ -77,7 +72,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     dtype = resolve_dtype(config.export.dtype)
     cast_weights(model.eval(), dtype)
     model.config.dtype = dtype
-    target = run_dir / folder_name(config)
+    target = run_dir / export_folder(config)
     with building_folder(run_dir / f".{target.name}-new") as folder:
         model.save_pretrained(folder)
         copy_companions(teacher, folder, trust)

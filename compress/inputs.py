@@ -11,11 +11,11 @@ from compress.architecture import ModelInfo, num_parameters
 from compress.artifacts import fingerprint_path, open_tensors
 from compress.embedded import resolve
 from compress.errors import ConfigError
-from compress.folders import teacher_folder, tokenizer_fingerprint, weights_fingerprint
+from compress.folders import read_model, teacher_folder, tokenizer_fingerprint, weights_fingerprint
 from compress.multiple_choice import Item, read_items
 from compress.parallel import available_bytes, resolve_dtype
-from compress.settings import CompressConfig
-from compress.signals import SignalCache
+from compress.settings import CacheKind, CompressConfig
+from compress.signals import Form, SignalCache
 from compress.tokens import Ints, TokenSet
 
 KEPT = "kept.safetensors"  # beside a pruned student's weights: what of its teacher it is
@@ -118,3 +118,18 @@ def task_items(config: CompressConfig) -> list[Item]:
     """The items by which the depth criteria `task*` judge. Raises ConfigError for a file that has none or bad ones."""
     path = Path(resolve(config.score.task_path, Path(config.cache_dir).expanduser())).expanduser()
     return read_items(path, "score.task_path", config.score.task_items)
+
+
+def cache_form(config: CompressConfig) -> Form:
+    """How tokens are kept. Raises ConfigError for a k above the teacher's vocabulary."""
+    settings, teacher = config.cache, teacher_of(config)
+    vocab_size = read_model(teacher, config.teacher.trust_remote_code).shape.vocab_size
+    if settings.kind is CacheKind.top_k and settings.k > vocab_size:
+        raise ConfigError(f"cache.k={settings.k} must be within 1 and vocab_size={vocab_size} of the teacher {teacher}")
+    size = settings.k if settings.kind is CacheKind.top_k else settings.num_samples
+    return Form(settings.kind.value, size, vocab_size)
+
+
+def export_folder(config: CompressConfig) -> str:
+    """`export`, or `export-step-16` for a step asked for by number: that one may be made while training goes on."""
+    return "export" if config.export.step is None else f"export-step-{config.export.step}"

@@ -40,7 +40,7 @@ from compress.errors import ArtifactError, ConfigError, Interrupted
 from compress.estimate import estimate_seconds
 from compress.families import Family, add_families
 from compress.folders import read_config, read_model
-from compress.inputs import source_of, student_of, teacher_of
+from compress.inputs import export_folder, source_of, student_of, teacher_of
 from compress.manifests import books, check_upstream, expectations, is_done, read_manifest, run_stage
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
@@ -113,7 +113,7 @@ def run(config: CompressConfig) -> None:
         print(f"pruned, untrained:  {student_of(config, run_dir)}", flush=True)
     if Stage.evaluate in chosen or Stage.export in chosen:
         pruned = student_of(config, run_dir)
-        print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export.folder_name(config)}", flush=True)
+        print(f"pruned, untrained:  {pruned}\ndistilled:          {run_dir / export_folder(config)}", flush=True)
 
 
 def _preflight(config: CompressConfig, run_dir: Path, todo: list[Stage]) -> None:

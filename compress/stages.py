@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from compress import (
     tokenize,
 )
 from compress.errors import ConfigError
+from compress.inputs import export_folder
 from compress.settings import CompressConfig, PruneConfig, Stage, TeacherMode
 
 
@@ -74,7 +76,7 @@ STAGES: dict[Stage, StageEntry] = {
         prune.run, (Stage.score, Stage.search), ("compute_dtype", "prune", "shape"), lambda _: "prune"
     ),
     Stage.correct: StageEntry(
-        correct.run,
+        functools.partial(correct.run, train=distill.run, export=export.run),
         (Stage.tokenize,),
         ("seed", "compute_dtype", "data.train[*].weight", "correct", "export.dtype", *_CORRECTION_KEYS),
         lambda _: "correct",
@@ -94,7 +96,7 @@ STAGES: dict[Stage, StageEntry] = {
          "search.continue_winner", *TRAINING_KEYS),
         lambda _: "distill",
     ),
-    Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export.folder_name),
+    Stage.export: StageEntry(export.run, (Stage.distill,), ("export",), export_folder),
     Stage.evaluate: StageEntry(
         evaluate.run,
         (Stage.tokenize, Stage.export),

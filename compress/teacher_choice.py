@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from compress.artifacts import free_disk_bytes
-from compress.cache import form_of
 from compress.comparison import CHUNK_TOKENS
 from compress.errors import ConfigError
-from compress.inputs import teacher_of
+from compress.inputs import cache_form, teacher_of
 from compress.models import load_model, logits_of, output_head
 from compress.parallel import resolve_dtype
 from compress.phases import phases_of
@@ -37,7 +36,7 @@ def choose(config: CompressConfig, run_dir: Path) -> dict[str, Any]:
         return {"mode": "online", "why": "no objective asks a teacher, so none is loaded"}
     try:
         check(cached)
-        form = form_of(cached)
+        form = cache_form(cached)
     except ConfigError as error:
         return {"mode": "online", "why": f"a cache can't serve it: {error}"}
     drawn = drawn_sequences(config, run_dir)
@@ -76,7 +75,7 @@ def with_mode(config: CompressConfig, mode: TeacherMode) -> CompressConfig:
 @torch.no_grad()
 def _measured(config: CompressConfig, data: TokenSet) -> tuple[float, float, float]:
     """Seconds of a sequence in a micro-batch: the trunk, the head with its softmax, keeping what the head says."""
-    dtype, form = resolve_dtype(config.compute_dtype), form_of(config)
+    dtype, form = resolve_dtype(config.compute_dtype), cache_form(config)
     model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code).eval()
     batch = data.batch(range(min(config.distill.micro_batch_size, data.num_sequences)))
     head, rounds = output_head(model), []

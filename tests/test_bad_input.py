@@ -3,6 +3,7 @@ any long work, and nothing is left half-written."""
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from compress import checkpoint
 from compress.artifacts import fingerprint_path
 from compress.errors import ArtifactError, CompressError, ConfigError, NumericalError
+from compress.stages import STAGES
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -632,3 +634,15 @@ def test_no_module_of_ours_unpickles() -> None:
     forbidden = re.compile(r"import pickle|pickle\.load|torch\.load\(|allow_pickle\s*=\s*True|unsafe_load")
     for file in (REPOSITORY / "compress").rglob("*.py"):
         assert not forbidden.search(file.read_text()), file
+
+
+def test_only_the_pipeline_imports_stages() -> None:
+    """Stages don't know each other, and what they are built from knows none of them."""
+    stages = {stage.value for stage in STAGES}
+    for file in (REPOSITORY / "compress").rglob("*.py"):
+        if file.stem in ("stages", "pipeline", "__main__", "__init__"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.name for alias in node.names} if node.module == "compress" else {node.module or ""}
+                assert not stages & {name.removeprefix("compress.") for name in names}, file
