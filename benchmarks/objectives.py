@@ -43,7 +43,7 @@ NUM_TOKENS, BEST_TOKENS = 24_576, 65_536
 # Name -> settings. Where a paper names the options it uses, they are those.
 CONTENDERS: dict[str, list[str]] = {
     "forward_kl": [],
-    "forward_kl, Muon": ["distill.optimizer=muon"],
+    "forward_kl, Muon at 0.01": ["distill.optimizer=muon", "distill.muon_learning_rate=0.01"],
     "forward_kl, Muon at 0.02": ["distill.optimizer=muon", "distill.muon_learning_rate=0.02"],
     "forward_kl, Muon at 0.005": ["distill.optimizer=muon", "distill.muon_learning_rate=0.005"],
     "forward_kl, Muon at 0.0025": ["distill.optimizer=muon", "distill.muon_learning_rate=0.0025"],

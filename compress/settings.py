@@ -300,7 +300,7 @@ class DistillConfig:
     objectives: list[TermConfig] = field(default_factory=lambda: [TermConfig()])  # the loss is their sum
     optimizer: Optimizer = Optimizer.adamw
     learning_rate: float = 4e-4
-    muon_learning_rate: float = 0.01  # of the layers' matrices when optimizer=muon; the rest trains by AdamW
+    muon_learning_rate: float = 0.005  # of the layers' matrices when optimizer=muon; the rest trains by AdamW
     min_learning_rate_ratio: float = 0.1  # of the learning rate, at the last step
     learning_rate_curve: Curve = Curve.cosine
     decay_share: float = 0.2  # of all steps, the decay at the end of a wsd curve
@@ -311,7 +311,7 @@ class DistillConfig:
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
     recompute: bool = False  # a layer's activations are made again in the backward: less memory, a third more work
-    compile: bool = False  # torch.compile per decoder layer: 1.1x on a CPU after half a minute, needs a C++ compiler
+    compile: bool = False  # decoder layers, forward KL: 1.1x on a CPU after half a minute, needs a C++ compiler
     ema_decay: float | None = None  # a moving average of the weights is exported instead of them; null = none
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
