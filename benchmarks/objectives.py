@@ -5,6 +5,7 @@
     python -m benchmarks.objectives --best 4 --skip "forward_kl, "      # then the best objectives, at 65,536 tokens
     python -m benchmarks.objectives --tokens 36864 --only forward_kl --skip "forward_kl, " "forward_kl +"
                                                                         # AdamW for as long as Muon takes
+    python -m benchmarks.objectives --speed 3 --skip random prev "forward_kl, c"  # what a step of each takes, on an idle machine
     python -m benchmarks.objectives --table                             # what docs/objectives.md prints
 
 SmolLM2-135M cut to the recipe's 98.8 M, 24,576 training tokens, everything else as the recipe says. Judged by the KL to
@@ -20,7 +21,9 @@ self` is DynSDPB's kind of training, to be compared with the latter.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,8 @@ from benchmarks.common import (
     machine,
     pipeline_arguments,
     run_row,
+    share_stages,
+    spread,
     start_as_the_makefile_does,
     write_result,
 )
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
 
 RECIPE = "smollm2_135m_to_100m"
 NUM_TOKENS, BEST_TOKENS = 24_576, 65_536
+STEPS, TOKENS_PER_STEP = 12, 1024  # of a run for the clock
 # Name -> settings. Where a paper names the options it uses, they are those.
 CONTENDERS: dict[str, list[str]] = {
     "forward_kl": [],
@@ -97,8 +103,6 @@ def key_of(name: str, seed: int, num_tokens: int) -> str:
 
 def random_student(runs: Path, pruned: Path) -> Path:
     """The pruned student's shape with transformers' own fresh weights, made once."""
-    import shutil
-
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -140,8 +144,7 @@ def against_teacher(config: CompressConfig) -> dict[str, Any]:
     }
 
 
-def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str], previous: Any, shared: Path) -> Any:
-    """One row; `previous` unchanged when its settings and inputs are those of now."""
+def settings_of(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str], shared: Path) -> list[str]:
     slug = "".join(letter if letter.isalnum() else "_" for letter in name)
     run_dir = runs / f"{slug}_{seed}_{num_tokens}"
     settings = [
@@ -150,6 +153,35 @@ def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str],
     ]  # fmt: skip
     if name == "random weights":
         settings = [s.replace("RANDOM", f'"{random_student(runs, shared / "prune")}"') for s in settings]
+    return settings
+
+
+def step_costs(names: list[str], rounds: int, runs: Path, extra: list[str], shared: Path) -> dict[str, Any]:
+    """The seconds of a step over those of forward_kl's, by contender: medians of a few steps, in turns."""
+    from compress.config import load_config
+    from compress.pipeline import run
+    from compress.settings import Stage
+
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        seconds = {}
+        for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
+            config = load_config(*settings_of(name, 0, STEPS * TOKENS_PER_STEP, runs / "speed", extra, shared))
+            run_dir = Path(config.run_dir)
+            shutil.rmtree(run_dir / "distill", ignore_errors=True)
+            share_stages(config, shared, ("tokens", "score", "prune"))
+            run(dataclasses.replace(config, until=Stage.distill))
+            steps = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
+            seconds[name] = statistics.median(step["seconds"] for step in steps[STEPS // 4 :])
+            shutil.rmtree(run_dir / "distill")
+        for name in names:
+            ratios[name].append(seconds[name] / seconds["forward_kl"])
+    return {name: spread(found) for name, found in ratios.items()}
+
+
+def measure(name: str, seed: int, num_tokens: int, runs: Path, extra: list[str], previous: Any, shared: Path) -> Any:
+    """One row; `previous` unchanged when its settings and inputs are those of now."""
+    settings = settings_of(name, seed, num_tokens, runs, extra, shared)
     facts, metrics = run_row(
         key_of(name, seed, num_tokens), settings, previous, [shared], ("tokens", "score", "prune"), against_teacher
     )
@@ -179,11 +211,11 @@ def _median(rows: list[dict[str, Any]], figure: str, name: str) -> float:
     return statistics.median(row[figure][name] for row in rows)
 
 
-def markdown(rows: dict[str, Any], num_tokens: int) -> str:
+def markdown(rows: dict[str, Any], num_tokens: int, costs: dict[str, Any]) -> str:
     """The table, the best on the selection set first; figures are medians over seeds, with the range of the first."""
     lines = [
-        "| objective | seeds | KL to the teacher | top-1 | excess loss | QuAC: KL | excess loss |",
-        "|---|---|---|---|---|---|---|",
+        "| objective | seeds | KL to the teacher | top-1 | excess loss | QuAC: KL | excess loss | a step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in by_objective(rows, num_tokens).items():
         divergences = [row["kl_to_teacher"]["selection"] for row in found]
@@ -191,7 +223,8 @@ def markdown(rows: dict[str, Any], num_tokens: int) -> str:
             f"| {name} | {len(found)} | {statistics.median(divergences):.3f} "
             f"({min(divergences):.3f}..{max(divergences):.3f}) | {_median(found, 'top1_agreement', 'selection'):.1%} | "
             f"{_median(found, 'excess_loss', 'selection'):.3f} | {_median(found, 'kl_to_teacher', 'quac'):.3f} | "
-            f"{_median(found, 'excess_loss', 'quac'):.3f} |"
+            f"{_median(found, 'excess_loss', 'quac'):.3f} | "
+            + (f"{costs[name]['median']:.2f}x |" if name in costs else "|")
         )
     return "\n".join(lines)
 
@@ -203,9 +236,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--best", type=int, default=0, help="instead: the best so many, at 65,536 tokens")
+    parser.add_argument("--speed", type=int, default=0, help="instead: so many rounds of a few steps of each, timed")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
     options = parser.parse_args()
     rows = load_rows(options.output)
+    costs = json.loads(options.output.read_text()).get("steps", {}) if options.output.exists() else {}
     if not options.table:
         start_as_the_makefile_does()
         log_plainly()
@@ -215,13 +250,17 @@ def main() -> None:
             names = [name for name in names if name.startswith(tuple(options.only))]
         names = [name for name in names if not name.startswith(tuple(options.skip))][: options.best or None]
         shared = options.runs / f"forward_kl_0_{NUM_TOKENS}"
-        for seed in options.seeds:  # a whole table of one seed first
+        facts = {"machine": machine(), "settings": options.set}
+        if options.speed:
+            costs |= step_costs(names, options.speed, options.runs, options.set, shared)
+            write_result(options.output, {**facts, "steps": costs, "rows": rows})
+        for seed in () if options.speed else options.seeds:  # a whole table of one seed first
             for name in names:
                 key = key_of(name, seed, num_tokens)
                 rows[key] = measure(name, seed, num_tokens, options.runs, options.set, rows.get(key), shared)
-                write_result(options.output, {"machine": machine(), "settings": options.set, "rows": rows})
+                write_result(options.output, {**facts, "steps": costs, "rows": rows})
     for num_tokens in sorted({row["num_tokens"] for row in rows.values()}):
-        print(f"\n{num_tokens:,} tokens\n\n{markdown(rows, num_tokens)}")
+        print(f"\n{num_tokens:,} tokens\n\n{markdown(rows, num_tokens, costs)}")
 
 
 if __name__ == "__main__":
