@@ -20,7 +20,7 @@ def test_help_says_what_can_be_typed(command: Command, tmp_path: Path) -> None:
     assert result.returncode == 0
     for part in (
         "python -m compress recipe=tiny", "stage=status",
-        "tokenize, score, search, prune, cache, distill, export, evaluate",
+        "tokenize, score, search, prune, correct, cache, distill, export, evaluate",
         "--cfg job", "--config-dir DIR", "smollm2_135m_to_100m, smollm2_135m_to_80m_two_rounds, tiny",
         "num_tokens: ???", "trust_remote_code: false",
     ):  # fmt: skip
