@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import signal
@@ -143,10 +144,9 @@ def _prepare(
     model = load_model(student_path, torch.float32, trust)
     teacher = _teacher(config, run_dir, dtype, model, shared)
     judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
-    if sets and judge is None:
-        asked = Teacher(load_model(teacher_path, dtype, trust))
-        judge = RememberedTeacher(asked, [batch for batches in sets.values() for batch in batches])
-        del asked
+    if sets and judge is None:  # asked now, and its layers let go
+        batches = itertools.chain.from_iterable(sets.values())
+        judge = RememberedTeacher(Teacher(load_model(teacher_path, dtype, trust)), batches)
     if settings.recompute:
         recompute_layers(model)
     if settings.compile:
@@ -155,7 +155,7 @@ def _prepare(
     if isinstance(teacher, Teacher):
         widths = model.config.hidden_size, teacher.model.config.hidden_size
         projections = make_projections(settings.objectives, *widths, config.seed, kept_channels(config, run_dir))
-    student = StudentModule(model, projections, config.distill.compile).train()
+    student = StudentModule(model, projections, settings.compile).train()
     shard(student, decoder_layers(model), mesh, dtype)
     register_fsdp_forward_method(student, "figures")
     average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None

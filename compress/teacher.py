@@ -50,11 +50,11 @@ class RememberedTeacher:
     """
 
     def __init__(self, teacher: Teacher, batches: Iterable[TokenBatch]) -> None:
-        self._said = {id(batch): (batch, teacher.signal(batch)) for batch in batches}  # the batch, so that its id stays
+        self._said = {_key_of(batch): teacher.signal(batch) for batch in batches}
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """Raises KeyError for a batch that it wasn't asked about."""
-        return self._said[id(batch)][1]
+        return self._said[_key_of(batch)]
 
 
 class NoTeacher:
