@@ -12,6 +12,8 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -146,49 +148,85 @@ def tiny_model(family: Family, content: dict[str, Any], trust_remote_code: bool 
     return model
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """A tiny model with the family's table, and what its properties are measured on; a measure is the largest
+    difference, mostly of logits."""
+
+    model: PreTrainedModel
+    family: Family
+    scratch: Path
+    trust: bool
+
+    @cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.model.config)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        return torch.randint(3, self.shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+
+    @cached_property
+    def importance(self) -> Importance:
+        return random_importance(self.shape)
+
+    def _student(self, kept: dict[str, Tensor], name: str) -> PreTrainedModel:
+        folder = self.scratch / name.replace(" ", "_")
+        slice_checkpoint(self.scratch / "teacher", folder, kept, trust_remote_code=self.trust)
+        return load_model(folder, torch.float64, self.trust).eval()
+
+    def checkpoint(self) -> float:
+        found = read_model(self.scratch / "teacher", self.trust)
+        return abs(num_parameters(found, self.shape) - sum(p.numel() for p in self.model.parameters()))
+
+    def permuted(self, axis: str) -> float:
+        order = permutation(self.shape, axis)
+        check, slicing.check_kept = slicing.check_kept, lambda *_: None  # which wants them ascending
+        try:
+            student = self._student(order, f"permuted {axis}")
+            return _difference(logits(self.model, self.ids), logits(student, self.ids))
+        finally:
+            slicing.check_kept = check
+
+    def sliced(self, sizes: dict[str, int], name: str) -> float:
+        kept = select(self.importance, with_sizes(self.shape, sizes))
+        with masked(self.model, kept):
+            expected = logits(self.model, self.ids)
+        return _difference(expected, logits(self._student(kept, name), self.ids))
+
+    def packed(self) -> float:
+        lengths = [3, 9, 1, 11]
+        row = self.ids[:1, : sum(lengths)]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        together = logits(self.model, row, positions)
+        alone = [logits(self.model, part) for part in row.split(lengths, dim=1)]
+        return _difference(together, torch.cat(alone, 1))
+
+    def scored(self) -> float:
+        scores = estimate_importance(self.model, [_calibration(self.ids)]).width()
+        found = {axis: one.shape for axis, one in scores.items()}
+        wanted = {axis: one.shape for axis, one in self.importance.width().items()}
+        return 0.0 if found == wanted else math.inf
+
+    @torch.no_grad()
+    def tried(self) -> float:
+        batch, last = _calibration(self.ids), self.shape.num_hidden_layers - 1
+        places = batch.loss_mask.flatten().nonzero().squeeze(1)
+        with only_layers(self.model, range(last)):
+            removed_ND = trunk(self.model, batch).flatten(0, 1)[places]
+        return _difference(removed_ND, Trials(self.model, [batch], [places]).without([last]))
+
+
 def _properties(
     model: PreTrainedModel, family: Family, scratch: Path, trust: bool
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Name and measure of each property; the measure is the largest difference, mostly of logits."""
-    shape = shape_of(model.config)
-    ids = torch.randint(3, shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
-    importance = random_importance(shape)
-
-    def student(kept: dict[str, Tensor], name: str) -> PreTrainedModel:
-        folder = scratch / name.replace(" ", "_")
-        slice_checkpoint(scratch / "teacher", folder, kept, trust_remote_code=trust)
-        return load_model(folder, torch.float64, trust).eval()
-
-    def checkpoint() -> float:
-        found = read_model(scratch / "teacher", trust)
-        return abs(num_parameters(found, shape) - sum(p.numel() for p in model.parameters()))
-
-    yield "the rows are the checkpoint's tensors", checkpoint
-
-    def permuted(axis: str) -> Callable[[], float]:
-        def measure() -> float:
-            order = permutation(shape, axis)
-            check, slicing.check_kept = slicing.check_kept, lambda *_: None  # which wants them ascending
-            try:
-                return _difference(logits(model, ids), logits(student(order, f"permuted {axis}"), ids))
-            finally:
-                slicing.check_kept = check
-
-        return measure
-
+    """Name and measure of each property."""
+    subject = _Subject(model, family, scratch, trust)
+    shape = subject.shape
+    yield "the rows are the checkpoint's tensors", subject.checkpoint
     for axis, size in AXES.items():
         if getattr(shape, size) and not (axis == "query_heads" and shape.group_size == 1):
-            yield f"permuting {axis} changes nothing", permuted(axis)
-
-    def sliced(sizes: dict[str, int], name: str) -> Callable[[], float]:
-        def measure() -> float:
-            kept = select(importance, with_sizes(shape, sizes))
-            with masked(model, kept):
-                expected = logits(model, ids)
-            return _difference(expected, logits(student(kept, name), ids))
-
-        return measure
-
+            yield f"permuting {axis} changes nothing", partial(subject.permuted, axis)
     cut = {name: size for name, size in STUDENT.items() if family.field(name) and getattr(shape, name)}
     if family.locked:
         cut["hidden_size"] = cut["num_attention_heads"] * shape.head_dim
@@ -196,39 +234,13 @@ def _properties(
     for name, value in cut.items():
         if name in heads or (name == "hidden_size" and family.locked):
             continue
-        yield f"slicing {name} equals masking", sliced({name: value}, f"cut {name}")
-    yield (
-        "slicing heads equals masking",
-        sliced(heads | ({"hidden_size": cut["hidden_size"]} if family.locked else {}), "cut heads"),
-    )
-    yield "slicing everything equals masking", sliced(cut, "cut all")
-
-    def packed() -> float:
-        lengths = [3, 9, 1, 11]
-        row = ids[:1, : sum(lengths)]
-        positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        together = logits(model, row, positions)
-        alone = [logits(model, part) for part in row.split(lengths, dim=1)]
-        return _difference(together, torch.cat(alone, 1))
-
-    yield "packed documents equal each document alone", packed
-    batch = _calibration(ids)
-
-    def scored() -> float:
-        found = {axis: scores.shape for axis, scores in estimate_importance(model, [batch]).width().items()}
-        wanted = {axis: scores.shape for axis, scores in importance.width().items()}
-        return 0.0 if found == wanted else math.inf
-
-    yield "scoring gives every unit of every axis a score", scored
-
-    @torch.no_grad()
-    def tried() -> float:
-        places, last = batch.loss_mask.flatten().nonzero().squeeze(1), shape.num_hidden_layers - 1
-        with only_layers(model, range(last)):
-            removed_ND = trunk(model, batch).flatten(0, 1)[places]
-        return _difference(removed_ND, Trials(model, [batch], [places]).without([last]))
-
-    yield "trying a model without a layer equals removing it", tried
+        yield f"slicing {name} equals masking", partial(subject.sliced, {name: value}, f"cut {name}")
+    together = heads | ({"hidden_size": cut["hidden_size"]} if family.locked else {})
+    yield "slicing heads equals masking", partial(subject.sliced, together, "cut heads")
+    yield "slicing everything equals masking", partial(subject.sliced, cut, "cut all")
+    yield "packed documents equal each document alone", subject.packed
+    yield "scoring gives every unit of every axis a score", subject.scored
+    yield "trying a model without a layer equals removing it", subject.tried
 
 
 def _calibration(ids_BT: Tensor) -> TokenBatch:

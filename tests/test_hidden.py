@@ -474,4 +474,5 @@ def _on_two_ranks() -> None:
 
 
 def test_gradient_is_the_same_on_two_ranks() -> None:
+    """Each rank asserts it, and on_ranks raises what the first of them raised."""
     on_ranks(2, _on_two_ranks)
