@@ -5,6 +5,8 @@
     python -m benchmarks.objectives --best 4 --skip "forward_kl, "      # then the best objectives, at 65,536 tokens
     python -m benchmarks.objectives --tokens 36864 --only forward_kl --skip "forward_kl, " "forward_kl +"
                                                                         # AdamW for as long as Muon takes
+    python -m benchmarks.objectives --tokens 81920 --only forward_kl --skip "forward_kl, " "forward_kl +"
+                                                                        # forward KL for as long as dynamic_kl's 65,536
     python -m benchmarks.objectives --speed 3 --skip random prev "forward_kl, c" # what a step takes, on an idle machine
     python -m benchmarks.objectives --table                             # what docs/objectives.md prints
 
