@@ -278,7 +278,7 @@ def _check_models(config: CompressConfig) -> None:
         if k > vocabulary:
             raise ConfigError(
                 f"distill.objectives[{number}].k={k} must be within 1 and vocab_size={vocabulary} of the teacher "
-                f"{teacher}"
+                f"{teacher}; set it lower"
             )
     if needs_hidden_states(config.distill.objectives):
         check_terms(config.distill.objectives, *_known_of(config))

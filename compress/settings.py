@@ -311,7 +311,7 @@ class DistillConfig:
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
     recompute: bool = False  # a layer's activations are made again in the backward: less memory, a third more work
-    compile: bool = False  # decoder layers, forward KL: 1.1x on a CPU after half a minute, needs a C++ compiler
+    compile: bool = False  # decoder layers, forward KL: 1.2x on a CPU after half a minute, needs a C++ compiler
     ema_decay: float | None = None  # a moving average of the weights is exported instead of them; null = none
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
