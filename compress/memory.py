@@ -84,7 +84,8 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
         "teacher: weights": item * teacher_whole // ranks,
     }
     gradients = {"student: float32 gradients": GRADIENT_BYTES * whole // ranks}
-    if ranks == 1:  # every unit keeps what its forward made of it until its backward is done
+    if ranks == 1:  # their memory stays, and every unit keeps what its forward made of it until its backward is done
+        states |= gradients
         gathered = {"student: weights in the compute dtype": item * whole}
     else:  # the roots (embedding, last norm, head) stay, layers come and go
         gathered = {
@@ -115,7 +116,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     reducing = GRADIENT_BYTES if ranks > 1 else 0  # beside the gradients that it ends in
     backward = {
         "gradients: the head's": head * item,
-        "gradients: a layer's, and being reduced": layer * (item + GRADIENT_BYTES + reducing),
+        "gradients: a layer's, and being reduced": layer * (item + 2 * reducing),
         "gathered: a layer ahead": item * layer if ranks > 1 else 0,
     }
     reduced = {"gradients: embedding and head, being reduced": root * (item + reducing)}

@@ -202,25 +202,42 @@ def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compu
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if mesh.size() == 1:
-        for unit in (*layers, step_module):
+        layered = {parameter for layer in layers for parameter in layer.parameters()}
+        outside = [parameter for parameter in step_module.parameters() if parameter not in layered]
+        units: list[tuple[Any, list[nn.Parameter]]] = [(layer, list(layer.parameters())) for layer in layers]
+        for unit, parameters in [*units, (step_module, outside)]:
             if hasattr(unit, "set_custom_reduce_scatter"):
-                unit.set_custom_reduce_scatter(_NothingToReduce())
+                unit.set_custom_reduce_scatter(_NothingToReduce(parameters))
 
 
 class _NothingToReduce:
     """One unit's reduce-scatter over a single rank: FSDP2 asks for an input and an output of the same size in turn and
-    copies one to the other, which are the same memory here. A twentieth of a CPU's step, and a unit's gradients."""
+    copies one to the other, which are the same memory here. A twentieth of a CPU's step, and a unit's gradients.
 
-    def __init__(self) -> None:
+    The memory stays from step to step, since taking it from the system again costs a CPU as much as filling it; unless
+    the unit's parameters still have the gradients of the last one, to be added to.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
         self._input: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        wanted = tuple(size), dtype, device
         given, self._input = self._input, None
-        if given is not None and given.shape == tuple(size) and given.dtype == dtype and given.device == device:
+        if given is not None and _form(given) == wanted:
             return given
-        self._input = torch.empty(*size, dtype=dtype, device=device)
+        free = all(parameter.grad is None for parameter in self._parameters)
+        if self._kept is None or not free or _form(self._kept) != wanted:
+            self._kept = torch.empty(*size, dtype=dtype, device=device)
+        self._input = self._kept
         return self._input
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *_: Any, **__: Any) -> None:
         if output_tensor is not input_tensor:
             output_tensor.copy_(input_tensor)
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device

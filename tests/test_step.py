@@ -125,6 +125,34 @@ def test_bfloat16_accumulates_in_float32() -> None:
         assert (split[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 
 
+def test_the_memory_of_gradients_is_used_again_but_never_under_one_that_is_there() -> None:
+    """At one rank: freed gradients leave their memory to the next step's, and unfreed ones are added to."""
+    batch = _batch()
+    with single_process_mesh() as mesh:
+        teacher, student = Teacher(_model(32, 3, seed=1, tied=True)), StudentModule(_model(16, 2, seed=2, tied=True))
+        shard(student, student.model.model.layers, mesh, torch.bfloat16)
+
+        def step(rows: slice) -> list[torch.Tensor]:
+            accumulate_gradients(student, teacher, [_part(batch, rows)], [Term("forward_kl")])
+            return [p.grad.to_local() for p in student.parameters()]
+
+        def free() -> None:
+            for parameter in student.parameters():
+                parameter.grad = None
+
+        one = [gradient.clone() for gradient in step(slice(0, 4))]
+        free()
+        other = [gradient.clone() for gradient in step(slice(4, 8))]
+        for both, first, second in zip(step(slice(0, 4)), one, other, strict=True):  # nobody freed the last ones
+            torch.testing.assert_close(both, first + second)
+        free()
+        places = [gradient.data_ptr() for gradient in step(slice(0, 4))]
+        free()
+        for place, gradient, expected in zip(places, step(slice(4, 8)), other, strict=True):
+            assert gradient.data_ptr() == place
+            assert torch.equal(gradient, expected)
+
+
 def test_gradient_equals_the_textbook_on_a_plain_model() -> None:
     """The whole step, sharded and chunked, against autograd on full logits of unwrapped models."""
     batch = _batch()
