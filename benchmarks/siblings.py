@@ -1,91 +1,163 @@
-"""Two students in one teacher pass: seconds of the distill stage over those of two runs, reckoned from three.
+"""Two students in one teacher pass: seconds of the distill stage's step over those of two runs, taking turns.
 
     python -m benchmarks.siblings                   # from the repository's root, on an idle machine; about 10 min
 
-SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, 12,288 tokens each (12 steps of 2x512, the first left
-out; a figure is the median step's). Alternating: both together, each alone. The bar is 1.05x of (teacher +
-student 1 + student 2) over (2 teachers + student 1 + student 2): the teacher's own seconds of a step are logged by each
-run, so what two runs would take with one teacher is (run 1 + run 2 - one teacher), and together may take 1.05x of that.
+SmolLM2-135M as teacher, students of 20 layers and of MLPs of 864, steps of 2x512 tokens. Three processes run the
+distill stage at the same time, both students together and each alone, and take turns step by step in a rotating order,
+so that a disturbance meets all of them; a step is timed from its turn to where the next one stands ready. The bar is
+1.05x of (teacher + student 1 + student 2) over (2 teachers + student 1 + student 2): the teacher's own seconds of a
+step are logged by each run, so what two runs would take with one teacher is (run 1 + run 2 - one teacher), and together
+may take 1.05x of that. Figures are medians over the turns and their quartiles.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    ROOT,
     log_plainly,
     machine,
     pipeline_arguments,
-    spread,
     start_as_the_makefile_does,
     write_result,
 )
 
 RECIPE = "smollm2_135m_to_100m"
 PRUNING = {"short": "num_hidden_layers: 20", "narrow": "intermediate_size: 864"}
+RUNS = {"together": ("short", "narrow"), "short": ("short",), "narrow": ("narrow",)}
+WARMUP = 2
 
 
-def settings_of(run_dir: Path, extra: list[str]) -> list[str]:
+def settings_of(run_dir: Path, members: tuple[str, ...], num_steps: int, extra: list[str]) -> list[str]:
+    siblings = ",".join(f"{{name: {name}, prune: {{{PRUNING[name]}}}}}" for name in members)
     cleared = ["removed_layers", "intermediate_size"]
     return [
-        f"recipe={RECIPE}", f'run_dir="{run_dir}"', "distill.num_tokens=12288", "score.num_sequences=16",
-        "prune.compensate=false", *[f"prune.{key}=null" for key in cleared], *extra,
+        f"recipe={RECIPE}", f'run_dir="{run_dir}"', f"distill.num_tokens={num_steps * 1024}", "score.num_sequences=16",
+        "distill.checkpoint_steps=10000", "prune.compensate=false", *[f"prune.{key}=null" for key in cleared],
+        f"siblings=[{siblings}]", *extra,
     ]  # fmt: skip
 
 
-def seconds_of(folder: Path) -> tuple[float, float]:
-    """(of the median step, without the first, which warms up; the teacher's in it)."""
-    rows = [json.loads(line) for line in (folder / "distill" / "metrics.jsonl").read_text().splitlines()][1:]
-    seconds = statistics.median(row["seconds"] for row in rows)
-    return seconds, statistics.median(row["seconds"] * row["share_of_seconds"]["teacher"] for row in rows)
+# ---- in a run's process -----------------------------------------------------------------------------------------
 
 
-def train(run_dir: Path, members: list[str], extra: list[str]) -> dict[str, tuple[float, float]]:
-    """Run up to distill, the stages before it kept from an earlier time; member -> `seconds_of`."""
+def work(arguments: list[str]) -> None:
+    """The distill stage, which stands still before each student's step until it is given a turn."""
+    from compress import distill
     from compress.config import load_config
     from compress.pipeline import run
 
-    siblings = ",".join(f"{{name: {name}, prune: {{{PRUNING[name]}}}}}" for name in members)
-    for name in members:
-        shutil.rmtree(run_dir / name / "distill", ignore_errors=True)
-    run(load_config(*settings_of(run_dir, extra), f"siblings=[{siblings}]", "until=distill"))
-    return {name: seconds_of(run_dir / name) for name in members}
+    log_plainly()
+    turn, over = map(int, os.environ["TURNS"].split())
+    step = distill.accumulate_gradients
+
+    def in_turn(*given: Any, **options: Any) -> Any:
+        os.write(over, b".")
+        os.read(turn, 1)
+        return step(*given, **options)
+
+    run(load_config(*arguments, "until=prune"))
+    distill.accumulate_gradients = in_turn
+    run(load_config(*arguments, "until=distill"))
+
+
+# ---- in the driver's process ------------------------------------------------------------------------------------
+
+
+class Run:
+    """One of the three, in a process of its own."""
+
+    def __init__(self, name: str, runs: Path, num_steps: int, extra: list[str]) -> None:
+        self.members, self.folder = RUNS[name], runs / name
+        for member in self.members:
+            shutil.rmtree(self.folder / member / "distill", ignore_errors=True)
+        their_turn, self._turn = os.pipe()
+        self._over, their_over = os.pipe()
+        self._log = runs / f"{name}.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = settings_of(self.folder, self.members, num_steps, extra)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.siblings", "--worker", *arguments],
+                cwd=ROOT, env={**os.environ, "TURNS": f"{their_turn} {their_over}"}, stdout=log, stderr=log,
+                pass_fds=(their_turn, their_over),
+            )  # fmt: skip
+        for end in (their_turn, their_over):
+            os.close(end)
+        self._wait()
+
+    def _wait(self) -> None:
+        if not os.read(self._over, 1):
+            raise SystemExit(f"it failed:\n{self._log.read_text(errors='replace')[-4000:]}")
+
+    def step(self) -> float:
+        """Seconds of one step of every student."""
+        began = time.perf_counter()
+        for _ in self.members:
+            os.write(self._turn, b".")
+            self._wait()
+        return time.perf_counter() - began
+
+    def teacher_seconds(self) -> list[float]:
+        """Of each step, by the log of the student that asks first."""
+        lines = (self.folder / self.members[0] / "distill" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row["seconds"] * row["share_of_seconds"]["teacher"] for row in rows]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2:])
+        return
     parser = pipeline_arguments(__doc__, "siblings")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=24)
     options = parser.parse_args()
     start_as_the_makefile_does()
-    log_plainly()
-    rounds: list[dict[str, Any]] = []
-    for number in range(options.rounds):
-        found: dict[str, Any] = {}
-        order = [["short", "narrow"], ["short"], ["narrow"]]
-        for members in order[number % 3 :] + order[: number % 3]:
-            for name, (seconds, teacher) in train(options.runs / "both", members, options.set).items():
-                key = f"{name}, {'together' if len(members) > 1 else 'alone'}"
-                found[key] = {"seconds": seconds, "teacher": teacher}
-        rounds.append(found)
-        alone = [found["short, alone"], found["narrow, alone"]]
-        together = sum(found[f"{name}, together"]["seconds"] for name in PRUNING)
-        two_runs = sum(row["seconds"] for row in alone)
-        teacher = statistics.mean(row["teacher"] for row in alone)
-        found |= {"together": together, "two runs": two_runs, "over one teacher less": together / (two_runs - teacher)}
-        print(
-            f"round {number + 1}: a step together {together:.2f} s, of two runs {two_runs:.2f} s, the teacher's of "
-            f"them {2 * teacher:.2f} s",
-            flush=True,
-        )
-    ratio = spread([found["over one teacher less"] for found in rounds])
-    saved = spread([found["together"] / found["two runs"] for found in rounds])
-    write_result(options.output, {"machine": machine(), "rounds": rounds, "over_ideal": ratio, "over_two_runs": saved})
-    print(f"together over two runs: {saved['median']:.2f}; over two runs less one teacher: {ratio['median']:.2f} "
-          f"({ratio['min']:.2f}..{ratio['max']:.2f}); written: {options.output}")  # fmt: skip
+    facts = machine()
+    turns = WARMUP + options.turns
+    runs: dict[str, Run] = {}
+    try:
+        for name in RUNS:
+            runs[name] = Run(name, options.runs, turns + 2, options.set)
+        seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+        for turn in range(turns):
+            order = list(RUNS)[turn % 3 :] + list(RUNS)[: turn % 3]
+            for name in order:
+                seconds[name].append(runs[name].step())
+        teachers = {name: runs[name].teacher_seconds()[:turns] for name in RUNS}
+    finally:
+        for run in runs.values():
+            run.end()
+    rows = []
+    for turn in range(WARMUP, turns):
+        two_runs = seconds["short"][turn] + seconds["narrow"][turn]
+        teacher = (teachers["short"][turn] + teachers["narrow"][turn]) / 2
+        together = seconds["together"][turn]
+        rows.append({
+            "together": together, "two runs": two_runs, "one teacher": teacher,
+            "over two runs": together / two_runs, "over one teacher less": together / (two_runs - teacher),
+        })  # fmt: skip
+    summary = {}
+    for key in rows[0]:
+        low, middle, high = statistics.quantiles([row[key] for row in rows], n=4, method="inclusive")
+        summary[key] = {"median": middle, "low": low, "high": high}
+    write_result(options.output, {"machine": facts, "turns": rows, "summary": summary})
+    for key, found in summary.items():
+        print(f"{key}: {found['median']:.2f} ({found['low']:.2f}..{found['high']:.2f})")
+    print(f"written: {options.output}")
 
 
 if __name__ == "__main__":
