@@ -1,13 +1,14 @@
 """The step's half of stage=selftest: on the user's own teacher and student, does distillation compute what it says?
 
 Two short sequences of the run's own training text (random ids where there is none), float32, the gradients of the last
-decoder layer and the norm after it: under a minute for a small model, and no more memory than both models in float32.
+decoder layer and the norm after it: under a minute for a small model, and the memory of both models in float64.
 """
 
 # N loss tokens, D student hidden, E teacher hidden, V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from compress.errors import NumericalError
 from compress.inputs import student_of, teacher_of
 from compress.models import (
     OutputHead,
+    cast_weights,
     check_same_tokenizer,
     check_vocabulary,
     decoder_layers,
@@ -130,7 +132,10 @@ def properties(
         return abs(distillation_loss(ours, padded, theirs, other).item() - plain) / max(abs(plain), 1e-3), 1e-4
 
     def split() -> tuple[float, float]:
-        return _split_error(student, source, batch, terms), 1e-5
+        """In float64, but for what a family does in float32 (norms, routers): a gradient that is small beside its
+        summands, as real models have, would be blurred beyond what is allowed."""
+        with _in_float64(student, teacher):
+            return _split_error(student, source, batch, terms), 1e-5
 
     yield "padding of the vocabulary counts for nothing", padding
     yield "the gradient is the same for every split", split
@@ -238,6 +243,24 @@ def _with_noise(head: OutputHead) -> OutputHead:
     return OutputHead(more_VD, head.softcap, more_V, head.scale)
 
 
+@contextlib.contextmanager
+def _in_float64(*models: PreTrainedModel) -> Iterator[None]:
+    """The models with weights of that dtype inside of the block, and the same bits as before after it."""
+    before = {id(model): (model.dtype, getattr(model.config, "_experts_implementation", None)) for model in models}
+    try:
+        for model in models:
+            cast_weights(model, torch.float64)
+            if before[id(model)][1] is not None:  # the grouped kernels of mixtures don't know it
+                model.set_experts_implementation("eager")
+        yield
+    finally:
+        for model in models:
+            dtype, experts = before[id(model)]
+            cast_weights(model, dtype)
+            if experts is not None:
+                model.set_experts_implementation(experts)
+
+
 def _split_error(student: PreTrainedModel, teacher: Teacher, batch: TokenBatch, terms: Sequence[Term]) -> float:
     """The largest relative L2 difference of a gradient, all sequences at once against one by one; of the parameters of
     the last layer and of the norm after it."""
@@ -252,7 +275,8 @@ def _split_error(student: PreTrainedModel, teacher: Teacher, batch: TokenBatch, 
         for parameter in parameters:
             parameter.requires_grad_(True)
         widths = student.config.hidden_size, teacher.model.config.hidden_size
-        module = StudentModule(student, make_projections(terms, *widths, seed=0))
+        projections = make_projections(terms, *widths, seed=0)
+        module = StudentModule(student, None if projections is None else projections.to(student.dtype))
         for size in (len(batch.input_ids), 1):
             parts = [batch.rows(start, start + size) for start in range(0, len(batch.input_ids), size)]
             accumulate_gradients(module, teacher, parts, terms)

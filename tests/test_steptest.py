@@ -27,12 +27,15 @@ def test_every_property_holds_for_every_family(variant: str, tmp_path: Path) -> 
             parameter += 0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter)
     terms = [Term("forward_kl"), Term("cross_entropy", weight=0.1)]
     batch = own_text(tmp_path, teacher.config.vocab_size)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     wrong = {}
     for name, measure in properties(teacher, student, batch, terms):
         error, allowed = measure()
         if not error <= allowed:
             wrong[name] = error
     assert wrong == {}
+    for name, tensor in student.state_dict().items():  # of the same dtype too
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
 
 
 def test_every_objective_is_tried() -> None:
