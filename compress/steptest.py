@@ -275,8 +275,7 @@ def _split_error(student: PreTrainedModel, teacher: Teacher, batch: TokenBatch, 
         for parameter in parameters:
             parameter.requires_grad_(True)
         widths = student.config.hidden_size, teacher.model.config.hidden_size
-        projections = make_projections(terms, *widths, seed=0)
-        module = StudentModule(student, None if projections is None else projections.to(student.dtype))
+        module = StudentModule(student, make_projections(terms, *widths, seed=0).to(student.dtype))
         for size in (len(batch.input_ids), 1):
             parts = [batch.rows(start, start + size) for start in range(0, len(batch.input_ids), size)]
             accumulate_gradients(module, teacher, parts, terms)
