@@ -9,7 +9,8 @@ pages for every contender. A sequence is one document, since a plain loop has no
 carry loss for everybody. The contenders:
 
     ours    the code of the distill stage: StudentModule under `parallel.shard` at world size 1,
-            `accumulate_gradients`, `LocalOptimizer`
+            `accumulate_gradients`, `LocalOptimizer`, within `allocator.kept_memory`; what the others gain when they
+            keep their memory too: `--tunables` with the settings of that module
     plain   what one writes in an hour: autocast, full logits of both models, log_softmax and F.kl_div in float32,
             torch.optim.AdamW(fused=True), clip_grad_norm_
     trl     GKDTrainer off-policy (lmbda=0, beta=0), bf16=True, no gradient checkpointing, in an environment of its
@@ -77,6 +78,7 @@ def make_step(work: Path, compiled: bool, stack: contextlib.ExitStack) -> Callab
     """The distill stage's step on token ids (B, T), a document each; returns the loss. Until the stack is closed."""
     import torch
 
+    from compress.allocator import kept_memory
     from compress.models import load_model
     from compress.objectives.terms import Term
     from compress.parallel import compile_layers, shard, single_process_mesh
@@ -86,6 +88,7 @@ def make_step(work: Path, compiled: bool, stack: contextlib.ExitStack) -> Callab
     from compress.tokens import TokenBatch
     from compress.training import optimizer_of
 
+    stack.enter_context(kept_memory())
     mesh = stack.enter_context(single_process_mesh())
     teacher = Teacher(load_model(teacher_of(work), torch.bfloat16))
     model = load_model(work / "student", torch.float32)
@@ -208,13 +211,15 @@ def prepare(work: Path, cache: Path, num_rows: int) -> None:
 class Worker:
     """A contender's process, which waits for its turns."""
 
-    def __init__(self, python: str, name: str, work: Path, warmup: int, steps: int, threads: int) -> None:
+    def __init__(
+        self, python: str, name: str, work: Path, warmup: int, steps: int, threads: int, tunables: str
+    ) -> None:
         self.name, self._result = name, work / f"{name}.json"
         their_turn, self._turn = os.pipe()
         self._over, their_over = os.pipe()
         environment = {
             **os.environ,
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            "GLIBC_TUNABLES": tunables,
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
@@ -321,6 +326,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
     parser.add_argument("--steps", type=int, default=16, help="timed steps of each process")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tunables", default="glibc.malloc.hugetlb=1", help="GLIBC_TUNABLES of every contender")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[1:], default=list(CONTENDERS[1:]))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="teacher, text, TRL's environment")
     parser.add_argument("--output", type=Path, default=RESULTS / "distill_step.json")
@@ -339,14 +345,18 @@ def main() -> None:
         workers = []
         for name in ["ours", *options.contenders[first : first + 2]]:
             python = peer_python(cache, *PEERS[name]) if name in PEERS else sys.executable
-            workers.append(Worker(python, name, work, options.warmup, options.steps, options.threads))
+            sizes = options.warmup, options.steps, options.threads
+            workers.append(Worker(python, name, work, *sizes, options.tunables))
         groups.append(take_turns(workers, options.warmup + options.steps))
         for name, run in groups[-1].items():
             print(f"{name}: {SEQUENCES * LENGTH / statistics.median(run['seconds']):.0f} tokens/s", flush=True)
     summary = summarise(groups)
     show(summary, options.threads)
     check_same_loss(summary)
-    write_result(options.output, {"machine": before, "threads": options.threads, **summary, "groups": groups})
+    write_result(
+        options.output,
+        {"machine": before, "threads": options.threads, "tunables": options.tunables, **summary, "groups": groups},
+    )
     print(f"written: {options.output}")
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from compress import checkpoint, training_log
+from compress.allocator import kept_memory
 from compress.capture import check_models, listening, make_projections
 from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_second, flops_per_token
@@ -80,7 +81,7 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
     One that is behind the others, after a kill, catches up first. Raises as `run`; a student that fails ends them all.
     """
     shared: Teacher | None = None
-    with single_process_mesh() as mesh, _stop_signals() as stop, contextlib.ExitStack() as stack:
+    with kept_memory(), single_process_mesh() as mesh, _stop_signals() as stop, contextlib.ExitStack() as stack:
         trainings: list[_Training] = []
         for config, run_dir in members:
             parts, progress = _prepare(config, run_dir, mesh, shared)

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import checkpoint
+from compress.allocator import kept_memory
 from compress.architecture import ModelInfo, num_parameters
 from compress.artifacts import STARTED, building_folder, free_disk_bytes, open_permissions, read_json, write_json
 from compress.candidates import SPEEDS, Entry, entries_of
@@ -294,7 +295,7 @@ def _trained(
     order = _order(config, data, stop)
     terms = terms_at(settings)
     torch.manual_seed(config.seed)
-    with single_process_mesh() as mesh:
+    with kept_memory(), single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)
         module = StudentModule(model).train()
         shard(module, decoder_layers(model), mesh, teacher.model.dtype)
