@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,62 @@ def machine() -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+class TurnTaker:
+    """A process that stands still before each of its steps until it is given a turn; its own side is `Turns`.
+
+    Raises SystemExit with the end of its log when it fails.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        their_turn, self._turn = os.pipe()
+        self._over, their_over = os.pipe()
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **(environment or {}), "TURNS": f"{their_turn} {their_over}"},
+                stdout=file, stderr=file, pass_fds=(their_turn, their_over),
+            )  # fmt: skip
+        for end in (their_turn, their_over):
+            os.close(end)
+        self._wait()
+
+    def _wait(self) -> None:
+        if not os.read(self._over, 1):
+            code = self._process.wait()
+            raise SystemExit(f"{self._log.stem} failed ({code}):\n{self._log.read_text(errors='replace')[-4000:]}")
+
+    def step(self) -> float:
+        """Give it a turn; the seconds until it stands still again."""
+        began = time.perf_counter()
+        os.write(self._turn, b".")
+        self._wait()
+        return time.perf_counter() - began
+
+    def end(self) -> None:
+        """There is no other turn: a process that counts its steps ends by itself."""
+        os.close(self._turn)
+        self._process.wait()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Turns:
+    """In a process that a `TurnTaker` started; alone, every turn is there at once."""
+
+    def __init__(self) -> None:
+        self._ends = [int(end) for end in os.environ.get("TURNS", "").split()]
+
+    def wait(self) -> None:
+        """What went before is over; until the next turn."""
+        if self._ends:
+            turn, over = self._ends
+            os.write(over, b".")
+            os.read(turn, 1)
 
 
 def pipeline_arguments(description: str | None, name: str) -> argparse.ArgumentParser:

@@ -33,7 +33,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 from benchmarks.common import (
     RESULTS,
     ROOT,
+    TurnTaker,
     default_cache,
     machine,
     peer_python,
@@ -208,61 +208,32 @@ def prepare(work: Path, cache: Path, num_rows: int) -> None:
         save_file({"input_ids": ids}, tokens)
 
 
-class Worker:
-    """A contender's process, which waits for its turns."""
-
-    def __init__(
-        self, python: str, name: str, work: Path, warmup: int, steps: int, threads: int, tunables: str
-    ) -> None:
-        self.name, self._result = name, work / f"{name}.json"
-        their_turn, self._turn = os.pipe()
-        self._over, their_over = os.pipe()
-        environment = {
-            **os.environ,
-            "GLIBC_TUNABLES": tunables,
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "TRL_EXPERIMENTAL_SILENCE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
-            "TURNS": f"{their_turn} {their_over}",
-        }
-        self._result.unlink(missing_ok=True)
-        command = [python, "-m", "benchmarks.distill_step", "--worker", name, "--work", str(work)]
-        command += ["--warmup", str(warmup), "--steps", str(steps)]
-        self._log = work / f"{name}.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, pass_fds=(their_turn, their_over)
-            )
-        for end in (their_turn, their_over):
-            os.close(end)
-        self.wait()  # until it stands before its first step
-
-    def wait(self) -> None:
-        if not os.read(self._over, 1):
-            self._process.wait()
-            said = self._log.read_text(errors="replace")[-4000:]
-            raise SystemExit(f"{self.name} failed ({self._process.returncode}):\n{said}")
-
-    def step(self) -> None:
-        os.write(self._turn, b".")
-        self.wait()
-
-    def result(self) -> dict[str, Any]:
-        os.close(self._turn)  # there is no other turn: it ends
-        self._process.wait()
-        found: dict[str, Any] = json.loads(self._result.read_text())
-        return found
+def start(python: str, name: str, work: Path, options: argparse.Namespace) -> TurnTaker:
+    """A contender's process."""
+    (work / f"{name}.json").unlink(missing_ok=True)
+    environment = {
+        "GLIBC_TUNABLES": options.tunables,
+        "OMP_NUM_THREADS": str(options.threads),
+        "MKL_NUM_THREADS": str(options.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [python, "-m", "benchmarks.distill_step", "--worker", name, "--work", str(work)]
+    command += ["--warmup", str(options.warmup), "--steps", str(options.steps)]
+    return TurnTaker(command, work / f"{name}.log", environment)
 
 
-def take_turns(workers: list[Worker], turns: int) -> dict[str, dict[str, Any]]:
+def take_turns(workers: dict[str, TurnTaker], turns: int, work: Path) -> dict[str, dict[str, Any]]:
+    names = list(workers)
     for turn in range(turns):
-        shift = turn % len(workers)
-        for worker in workers[shift:] + workers[:shift]:
-            worker.step()
-    return {worker.name: worker.result() for worker in workers}
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            workers[name].step()
+    for worker in workers.values():
+        worker.end()
+    return {name: json.loads((work / f"{name}.json").read_text()) for name in names}
 
 
 def summarise(groups: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -342,12 +313,11 @@ def main() -> None:
     before = machine()
     groups: list[dict[str, dict[str, Any]]] = []
     for first in range(0, len(options.contenders), 2):  # and ours: as many as memory has room for
-        workers = []
+        workers = {}
         for name in ["ours", *options.contenders[first : first + 2]]:
             python = peer_python(cache, *PEERS[name]) if name in PEERS else sys.executable
-            sizes = options.warmup, options.steps, options.threads
-            workers.append(Worker(python, name, work, *sizes, options.tunables))
-        groups.append(take_turns(workers, options.warmup + options.steps))
+            workers[name] = start(python, name, work, options)
+        groups.append(take_turns(workers, options.warmup + options.steps, work))
         for name, run in groups[-1].items():
             print(f"{name}: {SEQUENCES * LENGTH / statistics.median(run['seconds']):.0f} tokens/s", flush=True)
     summary = summarise(groups)

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
-    load_rows,
     log_plainly,
     machine,
     pipeline_arguments,
@@ -241,8 +240,8 @@ def main() -> None:
     parser.add_argument("--speed", type=int, default=0, help="instead: so many rounds of a few steps of each, timed")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
     options = parser.parse_args()
-    rows = load_rows(options.output)
-    costs = json.loads(options.output.read_text()).get("steps", {}) if options.output.exists() else {}
+    before = json.loads(options.output.read_text()) if options.output.exists() else {}
+    rows, costs = before.get("rows", {}), before.get("steps", {})
     if not options.table:
         start_as_the_makefile_does()
         log_plainly()

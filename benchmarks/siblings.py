@@ -13,17 +13,15 @@ may take 1.05x of that. Figures are medians over the turns and their quartiles.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    ROOT,
+    Turns,
+    TurnTaker,
     log_plainly,
     machine,
     pipeline_arguments,
@@ -57,12 +55,10 @@ def work(arguments: list[str]) -> None:
     from compress.pipeline import run
 
     log_plainly()
-    turn, over = map(int, os.environ["TURNS"].split())
-    step = distill.accumulate_gradients
+    turns, step = Turns(), distill.accumulate_gradients
 
     def in_turn(*given: Any, **options: Any) -> Any:
-        os.write(over, b".")
-        os.read(turn, 1)
+        turns.wait()
         return step(*given, **options)
 
     run(load_config(*arguments, "until=prune"))
@@ -80,42 +76,19 @@ class Run:
         self.members, self.folder = RUNS[name], runs / name
         for member in self.members:
             shutil.rmtree(self.folder / member / "distill", ignore_errors=True)
-        their_turn, self._turn = os.pipe()
-        self._over, their_over = os.pipe()
-        self._log = runs / f"{name}.log"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         arguments = settings_of(self.folder, self.members, num_steps, extra)
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.siblings", "--worker", *arguments],
-                cwd=ROOT, env={**os.environ, "TURNS": f"{their_turn} {their_over}"}, stdout=log, stderr=log,
-                pass_fds=(their_turn, their_over),
-            )  # fmt: skip
-        for end in (their_turn, their_over):
-            os.close(end)
-        self._wait()
-
-    def _wait(self) -> None:
-        if not os.read(self._over, 1):
-            raise SystemExit(f"it failed:\n{self._log.read_text(errors='replace')[-4000:]}")
+        command = [sys.executable, "-m", "benchmarks.siblings", "--worker", *arguments]
+        self.process = TurnTaker(command, runs / f"{name}.log")
 
     def step(self) -> float:
         """Seconds of one step of every student."""
-        began = time.perf_counter()
-        for _ in self.members:
-            os.write(self._turn, b".")
-            self._wait()
-        return time.perf_counter() - began
+        return sum(self.process.step() for _ in self.members)
 
     def teacher_seconds(self) -> list[float]:
         """Of each step, by the log of the student that asks first."""
         lines = (self.folder / self.members[0] / "distill" / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         return [row["seconds"] * row["share_of_seconds"]["teacher"] for row in rows]
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def main() -> None:
@@ -140,7 +113,7 @@ def main() -> None:
         teachers = {name: runs[name].teacher_seconds()[:turns] for name in RUNS}
     finally:
         for run in runs.values():
-            run.end()
+            run.process.kill()
     rows = []
     for turn in range(WARMUP, turns):
         two_runs = seconds["short"][turn] + seconds["narrow"][turn]

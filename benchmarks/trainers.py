@@ -5,12 +5,11 @@ Imported in each peer's own environment, where only torch, transformers and the 
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PeakMemory, anonymous_bytes
+from benchmarks.common import PeakMemory, Turns, anonymous_bytes
 
 SEQUENCES, LENGTH = 4, 512
 LEARNING_RATE, BETAS = 1e-4, (0.9, 0.95)
@@ -22,7 +21,7 @@ MODELOPT_PACKAGES = ("nvidia-modelopt==0.47.0", "requests", *_TRAINER)
 class Recorder:
     """Seconds and loss of each step, and the peak of RssAnon above the moment it was made (after the imports).
 
-    Where TURNS in the environment names two ends of pipes, a step waits for its turn there and says when it is over.
+    A step waits for its turn.
     """
 
     def __init__(self) -> None:
@@ -32,13 +31,10 @@ class Recorder:
         self._began = self._cpu_began = 0.0
         self._baseline = anonymous_bytes()
         self._peak = PeakMemory(0.02).__enter__()
-        self._turns = [int(end) for end in os.environ.get("TURNS", "").split()]
+        self._turns = Turns()
 
     def begin(self) -> None:
-        if self._turns:
-            ours, others = self._turns
-            os.write(others, b".")
-            os.read(ours, 1)
+        self._turns.wait()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def step(self) -> None:
