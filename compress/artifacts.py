@@ -110,6 +110,11 @@ def read_json(path: Path, remedy: str | None = None) -> Any:
         raise ArtifactError(f"{path} is not valid JSON ({error}); {remedy or remedy_for(path)}") from error
 
 
+def temporary_of(path: Path, process: int) -> Path:
+    """The sibling that a process builds before it becomes `path`."""
+    return path.with_name(f".{path.name}.tmp-{process}")
+
+
 @contextlib.contextmanager
 def building_folder(path: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `path` on success and is removed on any error.
@@ -119,7 +124,7 @@ def building_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary = temporary_of(path, os.getpid())
         temporary.mkdir()
         try:
             yield temporary

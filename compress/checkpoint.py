@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from compress.artifacts import building_folder, fingerprint_path, read_json, write_json
+from compress.artifacts import building_folder, fingerprint_path, read_json, temporary_of, write_json
 from compress.errors import ArtifactError
+from compress.parallel import ALONE, Ranks, launched
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"
@@ -39,44 +40,67 @@ def save(
     facts: dict[str, Any],
     keep: int,
     figures: Mapping[int, float] | None = None,
+    ranks: Ranks = ALONE,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Commit `state` as step `step`, then remove all but the newest `keep` checkpoints.
 
-    figures: of steps, such as their validation KL; of those that have one the lowest is kept too. Raises ArtifactError
-    on a full disk; the checkpoints before are untouched then.
+    figures: of steps, such as their validation KL; of those that have one the lowest is kept too. Several ranks call it
+    together, over a `group` of their own where it runs in a thread: each writes what it holds, the first one commits.
+    Raises ArtifactError on a full disk; the checkpoints before are untouched then.
     """
     final = folder / f"step_{step:08d}"
-    with building_folder(final) as temporary:
+    with building_folder(final) if ranks.is_main else contextlib.nullcontext():
+        process = torch.tensor([os.getpid()])
+        if ranks.size > 1:  # from now on the folder is there
+            dist.broadcast(process, 0, group=group)
+        temporary = temporary_of(final, int(process))
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True, thread_count=1)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # One rank has nobody to talk to, and may be in a thread beside training, which does.
-                alone = not dist.is_initialized() or dist.get_world_size() == 1
-                dcp.save({RNG: torch.get_rng_state(), **state}, storage_writer=writer, no_dist=alone)
+                everything = {rng_key(ranks.rank): torch.get_rng_state(), **state}
+                dcp.save(everything, storage_writer=writer, no_dist=ranks.size == 1, process_group=group)
         except dcp.CheckpointException as error:  # carries what each rank raised; one rank is enough to say why
             raise next(iter(error.failures.values()))[0] from error
-        write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
+        if ranks.is_main:
+            write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
+    if ranks.is_main:
+        _remove_old(folder, step, keep, figures or {})
+    if ranks.size > 1:  # nobody goes on, or ends, before it is committed
+        dist.barrier(group=group)
+    return final
+
+
+def rng_key(rank: int) -> str:
+    """Under which name a rank's random numbers are kept."""
+    return RNG if rank == 0 else f"{RNG}/{rank}"
+
+
+def _remove_old(folder: Path, step: int, keep: int, figures: Mapping[int, float]) -> None:
     there = steps(folder)
     for later in (known for known in there if known > step):  # a resume passed over them: damaged, or taken back
         shutil.rmtree(folder / f"step_{later:08d}")
     there = [known for known in there if known <= step]
-    measured = [known for known in there if known in (figures or {})]
-    best = min(measured, key=lambda known: ((figures or {})[known], known)) if measured else None
+    measured = [known for known in there if known in figures]
+    best = min(measured, key=lambda known: (figures[known], known)) if measured else None
     for old in there[:-keep]:
         if old != best:
             shutil.rmtree(folder / f"step_{old:08d}")
-    return final
 
 
 class Writer:
     """Commits checkpoints one after the other; `asynchronous` in a thread, from a copy, while training goes on.
 
     At most one is in flight. Why it failed is raised by the next check(), save() or wait(); leaving the block waits.
+    Several ranks make it together.
     """
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool, committed: int = 0) -> None:
-        self.folder, self.keep, self.committed = folder, keep, committed
+    def __init__(self, folder: Path, keep: int, asynchronous: bool, committed: int = 0, ranks: Ranks = ALONE) -> None:
+        self.folder, self.keep, self.committed, self.ranks = folder, keep, committed, ranks
+        # What a thread says to the other ranks must not mix with what training says.
+        self._group = dist.new_group(backend="gloo") if asynchronous and ranks.size > 1 else None
         self._threads = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
 
@@ -88,13 +112,14 @@ class Writer:
         if self._threads is None:
             self._save(step, state, facts, figures)
             return
-        copied = {name: tensor.detach().clone() for name, tensor in {RNG: torch.get_rng_state(), **state}.items()}
+        rng = rng_key(self.ranks.rank)
+        copied = {name: tensor.detach().clone() for name, tensor in {rng: torch.get_rng_state(), **state}.items()}
         self._writing = self._threads.submit(self._save, step, copied, facts, figures)
 
     def _save(
         self, step: int, state: dict[str, Tensor], facts: dict[str, Any], figures: Mapping[int, float] | None
     ) -> None:
-        save(self.folder, step, state, facts, self.keep, figures)
+        save(self.folder, step, state, facts, self.keep, figures, self.ranks, self._group)
         self.committed = step
 
     def check(self) -> None:
@@ -206,9 +231,10 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
     `state` may hold a part of what was saved (the model alone, for an export).
     """
     wanted = dict(state)
-    rng = torch.get_rng_state()
+    rng, key = torch.get_rng_state(), rng_key(launched().rank)
+    restore_rng = restore_rng and key in _known(path)  # another number of ranks wrote it: this one's are new
     if restore_rng:
-        wanted[RNG] = rng
+        wanted[key] = rng
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -225,12 +251,17 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
 
 def empties(path: Path, prefix: str) -> dict[str, Tensor]:
     """Tensors of the names, shapes and dtypes that the checkpoint has under `prefix`, to be filled by `load`."""
-    found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in found.items()
+        for name, entry in _known(path).items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of each of its tensors, by name."""
+    known: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return known
 
 
 def _digest(folder: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ from compress.models import check_same_tokenizer, check_vocabulary, decoder_laye
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
 from compress.optimizer import LocalOptimizer
-from compress.parallel import compile_layers, recompute_layers, resolve_dtype, shard, single_process_mesh
+from compress.parallel import Ranks, compile_layers, device_mesh, recompute_layers, resolve_dtype, shard, shard_frozen
 from compress.phases import Phase, Progress, num_steps, phases_of
 from compress.progress import track
 from compress.recovery import FORECAST_SHARE, forecast
@@ -81,15 +81,18 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
     One that is behind the others, after a kill, catches up first. Raises as `run`; a student that fails ends them all.
     """
     shared: Teacher | None = None
-    with kept_memory(), single_process_mesh() as mesh, _stop_signals() as stop, contextlib.ExitStack() as stack:
+    layout = device_mesh(members[0][0].cluster.shard_ranks)
+    with kept_memory(), layout as (ranks, mesh), _stop_signals() as stop, contextlib.ExitStack() as stack:
         trainings: list[_Training] = []
         for config, run_dir in members:
-            parts, progress = _prepare(config, run_dir, mesh, shared)
+            parts, progress = _prepare(config, run_dir, ranks, mesh, shared)
             if len(members) > 1 and isinstance(parts.teacher, Teacher):
                 shared = parts.teacher = shared or OncePerBatch(parts.teacher)
             settings = config.distill
             folder = run_dir / "distill" / "checkpoints"
-            writer = checkpoint.Writer(folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step)
+            writer = checkpoint.Writer(
+                folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step, ranks
+            )
             steps = _train(parts, progress, stack.enter_context(writer), stop)
             trainings.append(_Training(progress, steps, torch.get_rng_state()))
         while trainings:
@@ -129,7 +132,7 @@ class _Training:
 
 
 def _prepare(
-    config: CompressConfig, run_dir: Path, mesh: DeviceMesh, shared: Teacher | None
+    config: CompressConfig, run_dir: Path, ranks: Ranks, mesh: DeviceMesh, shared: Teacher | None
 ) -> tuple[_Parts, Progress]:
     """Everything that a training works with, as far as it has come."""
     settings, trust = config.distill, config.teacher.trust_remote_code
@@ -140,10 +143,10 @@ def _prepare(
     sets = validation_batches(config, run_dir) if settings.validate_steps else {}
     check_same_tokenizer(teacher_path, student_path, trust)
     check_vocabulary(teacher_path, student_path, trust)
-    dtype = resolve_dtype(config.compute_dtype)
-    torch.manual_seed(config.seed)
+    dtype = getattr(torch, ranks.agree(str(resolve_dtype(config.compute_dtype))[6:]))
+    torch.manual_seed(config.seed + ranks.rank)  # what dropout draws
     model = load_model(student_path, torch.float32, trust)
-    teacher = _teacher(config, run_dir, dtype, model, shared)
+    teacher = _teacher(config, run_dir, dtype, model, shared, mesh)
     judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
     if sets and judge is None:  # asked now, and its layers let go
         batches = itertools.chain.from_iterable(sets.values())
@@ -166,14 +169,16 @@ def _prepare(
     if progress.step:
         log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
     metrics = run_dir / "distill" / "metrics.jsonl"
-    training_log.keep_up_to(metrics, progress.step)
+    if ranks.is_main:
+        training_log.keep_up_to(metrics, progress.step)
     work = _work(config, teacher_path, student_path, dtype)
-    return _Parts(config, student, teacher, optimizer, average, data, sets, judge, work, metrics), progress
+    return _Parts(config, ranks, student, teacher, optimizer, average, data, sets, judge, work, metrics), progress
 
 
 def _teacher(
-    config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel, shared: Teacher | None
-) -> TeacherSource:
+    config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel, shared: Teacher | None,
+    mesh: DeviceMesh,
+) -> TeacherSource:  # fmt: skip
     """Who is distilled from. A teacher's weights are read only when it is asked at every step, and once for all."""
     terms = config.distill.objectives
     if shared is not None:
@@ -191,6 +196,7 @@ def _teacher(
     check_models(terms, student, model)
     if config.distill.compile:
         compile_layers(model)
+    shard_frozen(decoder_layers(model), mesh)
     return Teacher(model, listening(terms, to_teacher=True))
 
 
@@ -199,6 +205,7 @@ class _Parts:
     """What a training works with."""
 
     config: CompressConfig
+    ranks: Ranks
     student: StudentModule
     teacher: TeacherSource
     optimizer: LocalOptimizer
@@ -208,6 +215,11 @@ class _Parts:
     judge: Teacher | RememberedTeacher | None  # who knows what the teacher says of them; None without sets
     work: Callable[[int], float]  # FLOP of a token in a sequence of that length, over the peak in a second
     metrics: Path
+
+    def log(self, row: training_log.Row) -> None:
+        """A row of metrics.jsonl, by the first rank alone."""
+        if self.ranks.is_main:
+            training_log.append(self.metrics, row)
 
     @property
     def previous(self) -> PreviousSelf | None:
@@ -233,14 +245,14 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         writer.check()
         phase, within = step.phase, progress.step - step.phase.first_step
         began, head_before = time.perf_counter(), parts.student.head_seconds
-        window = list(micro_batches(step.data, step.indices, settings.micro_batch_size))
+        window = list(micro_batches(step.data, step.indices, settings.micro_batch_size, parts.ranks))
         terms = terms_at(settings, within, phase.num_steps)
         said: list[Tensor] = []
         if parts.previous is not None:
             parts.previous.begin(window, step.num_repeated)
         keep = None if parts.previous is None else said
         found = accumulate_gradients(
-            parts.student, parts.teacher, window, terms, keep=keep, whole_window=config.teacher.whole_window
+            parts.student, parts.teacher, window, terms, parts.ranks, keep, config.teacher.whole_window
         )
         if parts.previous is not None:
             parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))
@@ -270,7 +282,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             parts.average.update(progress.step)
         if progress.step % settings.log_steps == 0 or progress.step == phase.end:
             ended = time.perf_counter()
-            training_log.append(parts.metrics, {
+            parts.log({
                 "step": progress.step, "tokens": phase.tokens_after(progress.step),
                 "loss_tokens": found.num_tokens, "loss": loss,
                 "terms": dict(zip(term_names(terms), found.terms, strict=True)),
@@ -283,6 +295,8 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         if settings.validate_steps and (progress.step % settings.validate_steps == 0 or progress.step == phase.end):
             _validate(parts, phase, progress)
         last = num_steps(config, progress.shortened)
+        if parts.ranks.any(bool(stop.name)):  # the signal reaches them in different steps
+            stop.name = stop.name or "a signal to another rank"
         if progress.step == last or stop.name or progress.step % settings.checkpoint_steps == 0:
             state = training_state(parts.student, optimizer, parts.average, parts.previous)
             facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
@@ -333,7 +347,7 @@ def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
     end = phase.tokens_after(phase.end)
     early = tokens - phase.tokens_before < FORECAST_SHARE * (end - phase.tokens_before)
     foretold = None if early else forecast(progress.curve(phase, settings.warmup_steps), end)
-    training_log.append(parts.metrics, {
+    parts.log({
         "step": progress.step, "tokens": tokens, "validation": figures, "kl_to_teacher": kl,
         "forecast": None if foretold is None else {"kl_to_teacher": foretold, "tokens": end},
         "seconds": time.perf_counter() - began,
@@ -343,10 +357,7 @@ def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
     steps = shortened_to(settings, phase, progress)
     if steps is not None:
         progress.shortened[phase.number] = steps
-        training_log.append(
-            parts.metrics,
-            {"step": progress.step, "seconds": 0.0, "stop": {"phase": phase.number, "steps": steps}},
-        )
+        parts.log({"step": progress.step, "seconds": 0.0, "stop": {"phase": phase.number, "steps": steps}})
         log.info(
             "distill: KL fell slower than distill.stop_slope=%g nats per million tokens: phase %d ends after step %d "
             "instead of %d", settings.stop_slope, phase.number, phase.first_step + steps, phase.end,

@@ -1,7 +1,7 @@
 """Where the computation runs: the process group, FSDP2, and the compute dtype.
 
-One process in this version, but the student already lives under `fully_shard` on a mesh of one, so that more ranks
-change the mesh and not the step.
+The student always lives under `fully_shard`, at one process on a mesh of one, so that more ranks change the mesh and
+not the step.
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ class Ranks:
         dist.broadcast(letters, 0)
         return bytes(letters.tolist()).rstrip(b"\0").decode()
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.sums([torch.tensor(float(flag))])[0])
+
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Over the ranks, in float64."""
         return [torch.stack(found).sum(0) for found in zip(*self.gather(tensors), strict=True)]
@@ -145,14 +149,42 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def refuse_several_ranks(stage: str = "this stage") -> None:
+def refuse_several_ranks(what: str = "this stage") -> None:
     """Raise ConfigError under a launcher that started more than one process."""
     world = launched().size
     if world > 1:
         raise ConfigError(
-            f"WORLD_SIZE={world}: {stage} runs in one process in this version, only stage=score in several; start it "
-            "without torchrun, or with 1 rank"
+            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score and stage=distill in "
+            "several; start it without torchrun, or with 1 rank"
         )
+
+
+def check_layout(shard_ranks: int | None) -> int:
+    """How many of the launched ranks share a model. Raises ConfigError where the others can't be copies of those."""
+    world = launched().size
+    share = world if shard_ranks is None else shard_ranks
+    if world % share:
+        legal = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
+        raise ConfigError(
+            f"cluster.shard_ranks={share} must divide WORLD_SIZE={world}, the ranks that were started; set one of "
+            f"{legal}, or null for all, or start another number"
+        )
+    return share
+
+
+@contextlib.contextmanager
+def device_mesh(shard_ranks: int | None) -> Iterator[tuple[Ranks, DeviceMesh]]:
+    """The launched ranks, which can talk to each other inside the block, and their mesh: (shard,), or (replicate,
+    shard) where a model is shared by some of them only. One process needs no launcher."""
+    share = check_layout(shard_ranks)
+    if launched().size == 1:
+        with single_process_mesh() as mesh:
+            yield ALONE, mesh
+        return
+    with joined() as ranks:
+        copies = ranks.size // share
+        shape, names = ((copies, share), ("replicate", "shard")) if copies > 1 else ((share,), ("shard",))
+        yield ranks, init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 @contextlib.contextmanager
@@ -208,6 +240,15 @@ def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compu
         for unit, parameters in [*units, (step_module, outside)]:
             if hasattr(unit, "set_custom_reduce_scatter"):
                 unit.set_custom_reduce_scatter(_NothingToReduce(parameters))
+
+
+def shard_frozen(layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+    """Each layer of a model that isn't trained, in place: gathered for its forward and let go after it.
+
+    What is outside of the layers (embedding, norm, head) stays whole on every rank; the head is read between forwards.
+    """
+    for layer in layers if mesh.size() > 1 else ():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 class _NothingToReduce:

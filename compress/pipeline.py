@@ -45,7 +45,7 @@ from compress.manifests import books, check_upstream, expectations, is_done, rea
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
-from compress.parallel import check_compiler, refuse_several_ranks
+from compress.parallel import check_compiler, check_layout, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
@@ -53,6 +53,7 @@ from compress.signals import check_student
 from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
+from compress.training_rules import check_ranks
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,9 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = run_dir_of(config)
+    if config.stage is Stage.distill:
+        check_layout(config.cluster.shard_ranks)
+        check_ranks(config, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:
@@ -79,7 +83,7 @@ def run(config: CompressConfig) -> None:
     if config.stage is Stage.plan:
         _print_all(plan.run(config))
         return
-    if config.stage is not Stage.score:
+    if config.stage not in (Stage.score, Stage.distill):
         refuse_several_ranks(f"stage={config.stage}")
     if config.stage is Stage.selftest:
         _print(selftest.run(config))

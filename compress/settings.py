@@ -342,9 +342,10 @@ class EvaluateConfig:
 
 @dataclass
 class ClusterConfig:
-    """The machines that stage=plan reckons with; nothing here changes a result."""
+    """The machines: what stage=plan reckons with, and how ranks share a model; nothing here changes a result."""
 
     num_nodes: int = 1
+    shard_ranks: int | None = None  # that share a model (FSDP2); further ones hold copies (HSDP); none = all
     gpus_per_node: int = 0  # 0 = the CPU trains
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
     peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = of a product here

@@ -17,6 +17,7 @@ from compress.moving_average import MovingAverage
 from compress.objectives.table import OBJECTIVES
 from compress.objectives.terms import OPTIONS, Term
 from compress.optimizer import LocalOptimizer
+from compress.parallel import ALONE, Ranks
 from compress.phases import Phase, Progress, phases_of
 from compress.recovery import has_levelled, steps_after_stop
 from compress.schedules import between, progress_after
@@ -123,9 +124,9 @@ def term_names(terms: Sequence[Term]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{names[:n].count(name) + 1}" for n, name in enumerate(names)]
 
 
-def micro_batches(data: TokenSet, indices: np.ndarray, size: int) -> Iterator[TokenBatch]:
-    """A step's sequences, `size` at a time."""
-    return (data.batch(indices[i : i + size]) for i in range(0, len(indices), size))
+def micro_batches(data: TokenSet, indices: np.ndarray, size: int, ranks: Ranks = ALONE) -> Iterator[TokenBatch]:
+    """A step's sequences, `size` at a time; with several ranks this one's share of them."""
+    return (data.batch(indices[i : i + size]) for i in ranks.mine(range(0, len(indices), size)))
 
 
 def optimizer_of(student: nn.Module, settings: DistillConfig) -> LocalOptimizer:

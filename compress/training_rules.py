@@ -218,6 +218,26 @@ def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> No
         )
 
 
+def check_ranks(config: CompressConfig, world: int) -> None:
+    """Raise ConfigError where `world` ranks can't be given equally many micro-batches, or the teacher is for one."""
+    if world == 1:
+        return
+    if config.teacher.mode in (TeacherMode.auto, TeacherMode.previous_self):
+        raise ConfigError(
+            f"WORLD_SIZE={world}: teacher.mode={config.teacher.mode} works in one process in this version; start it "
+            "without torchrun, or choose teacher.mode=online or cached"
+        )
+    micro = config.distill.micro_batch_size
+    for number, phase in enumerate(phase_settings(config)):
+        batch = phase["global_batch_size"]
+        if batch % (micro * world):
+            raise ConfigError(
+                f"WORLD_SIZE={world}: the global batch of phase {number + 1}, {batch} sequences, must be a multiple of "
+                f"{world} ranks * distill.micro_batch_size={micro}, so that every rank has equally many micro-batches; "
+                "start fewer ranks, or set distill.micro_batch_size lower or distill.global_batch_size higher"
+            )
+
+
 def _check_phases(config: CompressConfig) -> None:
     whole, sources = config.data.sequence_length, config.data.train
     for number, phase in enumerate(config.distill.phases):

@@ -108,7 +108,7 @@ def test_torchrun_scores_and_one_process_goes_on(run: Run, cache: Path, tmp_path
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("stage=distill",), "WORLD_SIZE=2: stage=distill runs in one process in this version, only stage=score in"),
+        (("stage=prune",), "WORLD_SIZE=2: stage=prune runs in one process in this version, only stage=score"),
         pytest.param(
             ("stage=score", "score.num_sequences=4"),
             "WORLD_SIZE=2: score.num_sequences=4 in micro-batches of ",

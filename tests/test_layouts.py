@@ -1,0 +1,179 @@
+"""Training on several ranks is training on one: losses, weights, resume on another layout, a rank killed at any moment.
+
+Real gloo ranks under torchrun, as users start them. In float32 losses agree to 1e-5 and weights to 1e-3 of their norm;
+the same ranks give the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAST, environment
+from distributed import torchrun
+
+from compress import checkpoint, pipeline
+from compress.config import load_config
+from compress.models import load_model
+from compress.training import load_trained
+
+STEPS = 6
+# A learning rate low enough that rounding stays rounding: Adam's first steps are signs of gradients.
+SETTINGS = [
+    f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
+    "compute_dtype=float32", "distill.checkpoint_steps=2", "distill.keep_checkpoints=9", "distill.log_steps=1",
+    "distill.validate_steps=3", "threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def upstream(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is tokenized, scored and pruned, to be copied."""
+    folder = tmp_path_factory.mktemp("layouts") / "run"
+    for stage in ("tokenize", "score", "prune"):
+        pipeline.run(load_config(*FAST, *SETTINGS, f"run_dir={folder}", f"cache_dir={cache}", f"stage={stage}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(upstream: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process trains, uninterrupted."""
+    folder = Path(shutil.copytree(upstream, tmp_path_factory.mktemp("alone") / "run"))
+    pipeline.run(load_config(*FAST, *SETTINGS, f"run_dir={folder}", f"cache_dir={cache}", "stage=distill"))
+    return folder
+
+
+def settings_of(run_dir: Path, cache: Path, *extra: str) -> list[str]:
+    return [*FAST, *SETTINGS, f"run_dir={run_dir}", f"cache_dir={cache}", "stage=distill", *extra]
+
+
+def train(size: int, run_dir: Path, cache: Path, *extra: str) -> Path:
+    done = torchrun(size, run_dir.parent, *settings_of(run_dir, cache, *extra))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Of each step, and then what validation said."""
+    rows = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row] + [r["kl_to_teacher"] for r in rows if "validation" in r]
+
+
+def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    model = load_model(run_dir / "prune", torch.float32)
+    load_trained(run_dir / "distill" / "checkpoints" / f"step_{step:08d}", model)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    ours, theirs = losses(found), losses(expected)
+    assert len(ours) == len(theirs) == STEPS + 2
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
+    for name, weight in weights(expected).items():
+        difference = (weights(found)[name] - weight).norm() / weight.norm()
+        assert difference < 1e-3, f"{name}: {difference:.2g}"
+
+
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [
+        (2, ()),
+        pytest.param(4, ("cluster.shard_ranks=2",), id="4-HSDP"),
+        pytest.param(4, (), marks=pytest.mark.slow),
+        pytest.param(2, ("cluster.shard_ranks=1", "distill.async_checkpoint=true"), marks=pytest.mark.slow),
+        pytest.param(2, ("teacher.whole_window=true", "distill.recompute=true"), marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_train_as_one_process(
+    size: int, extra: tuple[str, ...], upstream: Path, alone: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
+    assert_same_training(train(size, run_dir, cache, *extra), alone)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_with_other_ranks(upstream: Path, alone: Path, cache: Path, tmp_path: Path) -> None:
+    """Two ranks, then one process, then four as pairs: each goes on from the checkpoint of the one before."""
+    run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
+    train(2, run_dir, cache)
+    for size, step, extra in ((1, 2, ()), (4, 4, ("cluster.shard_ranks=2",))):
+        take_back(run_dir, step)
+        train(size, run_dir, cache, *extra)
+    assert_same_training(run_dir, alone)
+
+
+def take_back(run_dir: Path, step: int) -> None:
+    """As a training looks whose newest committed step is this one."""
+    manifest = run_dir / "distill" / "manifest.json"
+    manifest.rename(manifest.with_name("started.json"))
+    for later in checkpoint.steps(run_dir / "distill" / "checkpoints"):
+        if later > step:
+            shutil.rmtree(run_dir / "distill" / "checkpoints" / f"step_{later:08d}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
+    victim: int, upstream: Path, cache: Path, tmp_path: Path
+) -> None:
+    whole = train(2, Path(shutil.copytree(upstream, tmp_path / "whole")), cache)
+    run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        started = subprocess.Popen(
+            [*command, *settings_of(run_dir, cache)], cwd=tmp_path, env=environment(), stdout=file, stderr=file
+        )
+    until = time.monotonic() + 150
+    while not checkpoint.steps(run_dir / "distill" / "checkpoints"):
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        assert started.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    os.kill(_ranks(started.pid)[victim], signal.SIGKILL)
+    assert started.wait(120) != 0
+    assert not (run_dir / "distill" / "manifest.json").exists()
+    train(2, run_dir, cache)
+    assert losses(run_dir) == losses(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(run_dir)[name], weight), name
+
+
+def _ranks(launcher: int) -> list[int]:
+    """The launcher's processes by rank."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(re.search(r"PPid:\s+(\d+)", (place / "status").read_text())[1])  # type: ignore[index]
+            variables = (place / "environ").read_bytes().split(b"\0")
+        except (OSError, TypeError):
+            continue
+        ranks = [int(one[5:]) for one in variables if one.startswith(b"RANK=")]
+        if parent == launcher and ranks:
+            found[ranks[0]] = int(place.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("cluster.shard_ranks=3",), "cluster.shard_ranks=3 must divide WORLD_SIZE=2"),
+        (("distill.global_batch_size=6",), "WORLD_SIZE=2: the global batch of phase 1, 6 sequences, must be a mult"),
+        (("teacher.mode=previous_self",), "WORLD_SIZE=2: teacher.mode=previous_self works in one process"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(
+    settings: tuple[str, ...], said: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Exception, match=re.escape(said)):
+        pipeline.run(load_config(*settings_of(tmp_path / "run", cache, *settings)))
+    assert not (tmp_path / "run" / "distill").exists()
