@@ -48,10 +48,18 @@ def _hydra_main(composed: DictConfig) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         pipeline.run(config)
+        _tell_done()
     except CompressError as error:
         _fail(error)
     except KeyboardInterrupt:
         _fail(Interrupted("stopped by Ctrl-C; what is committed is kept, and the same command goes on"))
+
+
+def _tell_done() -> None:
+    """To a job script, which can't trust the exit code of the launchers between: the first rank writes this file."""
+    path = os.environ.get("COMPRESS_DONE_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).touch()
 
 
 def _checked_command_line(arguments: Sequence[str]) -> list[str]:

@@ -48,7 +48,8 @@ _RULES: tuple[_Rule, ...] = (
         "search.num_sequences cache.num_samples cache.k cache.sequences_per_shard cache.micro_batch_size "
         "distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints "
         "distill.log_steps distill.validate_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
-        "evaluate.generate_tokens cluster.num_nodes cluster.shard_ranks",
+        "evaluate.generate_tokens cluster.num_nodes cluster.shard_ranks "
+        "cluster.ranks_per_node",
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
     (

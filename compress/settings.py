@@ -341,10 +341,39 @@ class EvaluateConfig:
 
 
 @dataclass
+class JobConfig:
+    """What a stage asks Slurm for (launch/pipeline.sh); what it leaves out is as the cluster's."""
+
+    num_nodes: int | None = None
+    ranks_per_node: int | None = None
+    time: str | None = None  # as sbatch takes it, such as 1-12:00:00
+    cpus: int | None = None  # of a node; none = the site's default
+    memory: str | None = None  # of a node, such as 64G
+
+
+@dataclass
+class JobsConfig:
+    """By stage."""
+
+    tokenize: JobConfig = field(default_factory=JobConfig)
+    score: JobConfig = field(default_factory=JobConfig)
+    search: JobConfig = field(default_factory=JobConfig)
+    prune: JobConfig = field(default_factory=JobConfig)
+    correct: JobConfig = field(default_factory=JobConfig)
+    cache: JobConfig = field(default_factory=JobConfig)
+    distill: JobConfig = field(default_factory=JobConfig)
+    export: JobConfig = field(default_factory=JobConfig)
+    evaluate: JobConfig = field(default_factory=JobConfig)
+
+
+@dataclass
 class ClusterConfig:
     """The machines: what stage=plan reckons with, and how ranks share a model; nothing here changes a result."""
 
     num_nodes: int = 1
+    ranks_per_node: int = 1  # processes of a distributed stage
+    time: str = "04:00:00"  # of a job, as sbatch takes it
+    jobs: JobsConfig = field(default_factory=JobsConfig)
     shard_ranks: int | None = None  # that share a model (FSDP2); further ones hold copies (HSDP); none = all
     gpus_per_node: int = 0  # 0 = the CPU trains
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine

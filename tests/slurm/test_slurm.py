@@ -1,0 +1,166 @@
+"""launch/ on a real Slurm of three nodes: a run ends in the same weights, whatever happens to its jobs on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, missing
+from conftest import FAST, REPOSITORY
+from safetensors.torch import load_file
+
+from compress import checkpoint
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm"),
+]
+STEPS = 12
+SETTINGS = [
+    *FAST, f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
+    "compute_dtype=float32", "distill.checkpoint_steps=2", "threads=1", "cluster.time=5",
+    "cluster.jobs.distill.num_nodes=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)  # munged runs as a user of its own
+    try:
+        with Cluster(folder, 3) as found:
+            yield found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str) -> dict[str, str]:
+    """The job of each stage."""
+    said = cluster.run(
+        str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, f"run_dir={run_dir}", f"cache_dir={cache}", *settings,
+        COMPRESS_VENV=sys.prefix, COMPRESS_GRACE="60", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    return dict(line.split() for line in said.splitlines())
+
+
+def say(run_dir: Path) -> str:
+    """The logs of a run's jobs."""
+    return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in sorted((run_dir / "logs").iterdir()))
+
+
+def distilled(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run by pipeline.sh, every stage a job, training on two nodes."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    jobs = submit(cluster, run_dir, cache)
+    assert list(jobs) == ["tokenize", "score", "prune", "distill", "export", "evaluate"]
+    assert cluster.finished(jobs["evaluate"], 400) == "COMPLETED", say(run_dir)
+    return run_dir
+
+
+def upstream(undisturbed: Path, to: Path) -> Path:
+    """A run folder in which training is next."""
+    for stage in ("tokens", "score", "prune"):
+        shutil.copytree(undisturbed / stage, to / stage)
+    return to
+
+
+def test_a_whole_run_over_two_nodes(undisturbed: Path) -> None:
+    assert (undisturbed / "evaluate" / "metrics.json").exists()
+    logs = [log.name for log in (undisturbed / "logs").iterdir() if log.name.startswith("compress-distill")]
+    assert sum(name.endswith((".0.log", ".1.log")) for name in logs) == 2, "a log a node"
+
+
+def wait_for_step(cluster: Cluster, run_dir: Path, job: str) -> None:
+    folder = run_dir / "distill" / "checkpoints"
+
+    def committed() -> bool:
+        assert cluster.state(job) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), say(run_dir)
+        return bool(checkpoint.steps(folder))
+
+    cluster.wait(committed, 120, "committed step")
+
+
+def assert_same_weights(run_dir: Path, undisturbed: Path) -> None:
+    expected = distilled(undisturbed)
+    assert (found := distilled(run_dir)).keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def disturb(kind: str, cluster: Cluster, job: str) -> None:
+    if kind == "time limit":  # what Slurm sends before it
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    elif kind == "power":
+        node = cluster.facts(job)["NodeList"]
+        cluster.power_off("n2" if "2" in node else "n1")
+    elif kind == "preemption":
+        settings = ["--partition=high", "--nodes=3", "--exclusive", "--time=1", "--wrap=sleep 1", "--output=/dev/null"]
+        cluster.run("sbatch", *settings)
+
+
+@pytest.mark.parametrize("kind", ["time limit", "preemption", "power"])
+def test_a_disturbed_training_ends_in_the_same_weights(
+    kind: str, cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    jobs = submit(cluster, run_dir, cache, "until=export")
+    wait_for_step(cluster, run_dir, jobs["distill"])
+    disturb(kind, cluster, jobs["distill"])
+    cluster.wait(lambda: cluster.facts(jobs["distill"])["Restarts"] != "0", 120, "requeue")
+    if kind == "power":
+        cluster.power_on("n2")
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_cancelled_training_stops_the_chain_and_goes_on_when_submitted_again(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    jobs = submit(cluster, run_dir, cache, "until=export")
+    wait_for_step(cluster, run_dir, jobs["distill"])
+    cluster.run("scancel", jobs["distill"])
+    assert cluster.finished(jobs["distill"], 120) == "CANCELLED"
+    assert cluster.finished(jobs["export"], 60) == "CANCELLED"
+    assert not (run_dir / "export").exists()
+    jobs = submit(cluster, run_dir, cache, "until=export")
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_stage_that_fails_stops_the_chain(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    (run_dir / "prune" / "model.safetensors").write_bytes(b"cut short")
+    jobs = submit(cluster, run_dir, cache, "until=export")
+    assert cluster.finished(jobs["distill"], 200) == "FAILED", say(run_dir)
+    assert cluster.finished(jobs["export"], 60) == "CANCELLED"
+    assert "safetensors" in say(run_dir)
+
+
+def test_dry_run_submits_nothing(cluster: Cluster, cache: Path, tmp_path: Path) -> None:
+    before = cluster.run("squeue", "-h")
+    said = subprocess.run(
+        [REPOSITORY / "launch" / "pipeline.sh", "--dry-run", *SETTINGS, f"run_dir={tmp_path / 'run'}",
+         f"cache_dir={cache}"],
+        env={**os.environ, "COMPRESS_VENV": sys.prefix}, capture_output=True, text=True, timeout=120, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert len(said) == 6
+    assert "--nodes=2" in said[3]
+    assert "--dependency=afterok:ID_OF_PRUNE" in said[3]
+    assert "--kill-on-invalid-dep=yes" in said[3]
+    assert not (tmp_path / "run").exists()
+    time.sleep(1)
+    assert cluster.run("squeue", "-h") == before
