@@ -8,7 +8,7 @@ RUN := $(BIN)/python -m compress
 # Huge pages for large tensors, 1.5x on a step; read by the C library when a process starts.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-slurm check clean
 
 demo: .venv/demo.stamp
 	$(RUN) recipe=smollm2_135m_to_100m $(ARGS)
@@ -20,6 +20,10 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Jobs on a real Slurm of three nodes that the tests bring up and take down; skipped, with the reason, where they can't.
+test-slurm: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 # The minutes-long tests, among them those on the real model and on lm-eval.
 test-slow: .venv/slow.stamp
