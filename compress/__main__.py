@@ -48,18 +48,19 @@ def _hydra_main(composed: DictConfig) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         pipeline.run(config)
-        _tell_done()
+        if os.environ.get("RANK", "0") == "0":
+            _tell("done")
     except CompressError as error:
         _fail(error)
     except KeyboardInterrupt:
         _fail(Interrupted("stopped by Ctrl-C; what is committed is kept, and the same command goes on"))
 
 
-def _tell_done() -> None:
-    """To a job script, which can't trust the exit code of the launchers between: the first rank writes this file."""
-    path = os.environ.get("COMPRESS_DONE_FILE")
-    if path and os.environ.get("RANK", "0") == "0":
-        Path(path).touch()
+def _tell(outcome: str) -> None:
+    """To a job script, which can't trust the exit code of the launchers between: "done", or why another try is vain."""
+    path = os.environ.get("COMPRESS_OUTCOME_FILE")
+    if path:
+        Path(path).write_text(outcome + "\n")
 
 
 def _checked_command_line(arguments: Sequence[str]) -> list[str]:
@@ -136,6 +137,8 @@ def _start_logging() -> None:
 def _fail(error: CompressError) -> None:
     interrupted = isinstance(error, Interrupted)
     print(f"compress: {'' if interrupted else 'error: '}{error}", file=sys.stderr)
+    if not interrupted:
+        _tell(f"refused: {error}")
     sys.exit(EXIT_INTERRUPTED if interrupted else EXIT_ERROR)
 
 

@@ -223,7 +223,7 @@ def test_the_wheel_holds_its_own_conf_and_nothing_else_is_needed(tmp_path: Path)
     pytest.importorskip("hatchling")
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("compress", "conf", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("compress", "conf", "launch", "pyproject.toml", "LICENSE", "README.md"):
         path = REPOSITORY / name
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -238,7 +238,11 @@ def test_the_wheel_holds_its_own_conf_and_nothing_else_is_needed(tmp_path: Path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(site)
-    files = [*(REPOSITORY / "compress").rglob("*.py"), *(REPOSITORY / "conf").rglob("*.yaml")]
+    files = [
+        *(REPOSITORY / "compress").rglob("*.py"),
+        *(REPOSITORY / "conf").rglob("*.yaml"),
+        *(REPOSITORY / "launch").iterdir(),
+    ]
     for file in files:
         inside = file.relative_to(REPOSITORY).as_posix()
         assert (inside if inside.startswith("compress/") else f"compress/{inside}") in names, inside

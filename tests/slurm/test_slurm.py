@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,9 @@ def test_a_stage_that_fails_stops_the_chain(cluster: Cluster, undisturbed: Path,
     jobs = submit(cluster, run_dir, cache, "until=export")
     assert cluster.finished(jobs["distill"], 200) == "FAILED", say(run_dir)
     assert cluster.finished(jobs["export"], 60) == "CANCELLED"
-    assert "safetensors" in say(run_dir)
+    log = (run_dir / "logs" / f"compress-distill-{jobs['distill']}.log").read_text()
+    assert re.search(r"^try 0: refused: .*prune can't be loaded by transformers", log, re.MULTILINE), log
+    assert cluster.facts(jobs["distill"])["Restarts"] == "0", "another try would be refused as well"
 
 
 def test_dry_run_submits_nothing(cluster: Cluster, cache: Path, tmp_path: Path) -> None:

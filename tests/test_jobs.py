@@ -1,0 +1,83 @@
+"""A run as a chain of jobs: what is asked for, what can't be submitted, what a job script is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FAST, REPOSITORY, Command, environment
+
+from compress.config import load_config
+from compress.errors import ConfigError
+from compress.jobs import jobs_of
+
+ON_TWO = ("cluster.num_nodes=2", "distill.micro_batch_size=1", "distill.global_batch_size=8")
+
+
+def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_path: Path) -> None:
+    settings = ["cluster.ranks_per_node=2", "cluster.jobs.score.num_nodes=1", "cluster.jobs.distill.time=1-00:00:00"]
+    jobs = jobs_of(load_config(*FAST, *ON_TWO, *settings, f"run_dir={tmp_path / 'run'}"))
+    asked = {str(job.stage): (job.num_nodes, job.ranks_per_node, job.time) for job in jobs}
+    usual = (1, 1, "04:00:00")
+    assert asked == {
+        "tokenize": usual, "score": (1, 2, "04:00:00"), "prune": usual, "distill": (2, 2, "1-00:00:00"),
+        "export": usual, "evaluate": usual,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["run_dir=runs/x"], "run_dir=runs/x must be an absolute path"),
+        (["cluster.jobs.prune.num_nodes=2"], "cluster.jobs.prune asks for 2 nodes of 1 ranks, and the stage is one"),
+        ([*ON_TWO, "distill.micro_batch_size=8"], "WORLD_SIZE=2: the global batch of phase 1, 8 sequences, must be"),
+        (["teacher.mode=auto"], "teacher.mode=auto is no chain of stages"),
+    ],
+)
+def test_what_is_no_chain_of_jobs_is_refused(settings: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+        jobs_of(load_config(*FAST, f"run_dir={tmp_path / 'run'}", *settings))
+
+
+def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [REPOSITORY / "launch" / "pipeline.sh", *arguments], env={**environment(), "COMPRESS_VENV": sys.prefix},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
+    done = pipeline("--dry-run", *FAST, *ON_TWO, f"run_dir={tmp_path / 'run'}")
+    lines = done.stdout.splitlines()
+    assert [line.split()[-1] for line in lines] == [
+        f"stage={stage}" for stage in ("tokenize", "score", "prune", "distill", "export", "evaluate")
+    ], done.stderr
+    assert "--dependency" not in lines[0]
+    for before, line in zip(("TOKENIZE", "SCORE", "PRUNE", "DISTILL", "EXPORT"), lines[1:], strict=True):
+        assert f"--dependency=afterok:ID_OF_{before} --kill-on-invalid-dep=yes" in line
+    assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, False]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:
+    done = pipeline(*FAST, f"run_dir={tmp_path / 'run'}", "distill.num_tokns=5")
+    assert done.returncode == 2
+    assert "distill.num_tokns: no such key; did you mean distill.num_tokens" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_script_is_told_how_it_ended(command: Command, cache: Path, tmp_path: Path) -> None:
+    outcome = tmp_path / "outcome"
+    place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]
+    refused = command(*place, "stage=prune", COMPRESS_OUTCOME_FILE=str(outcome))
+    assert refused.returncode == 2
+    assert outcome.read_text().startswith("refused: stage=prune reads")
+    command(*place, "stage=tokenize", COMPRESS_OUTCOME_FILE=str(outcome))
+    assert outcome.read_text() == "done\n"
+    outcome.unlink()
+    command(*place, "stage=tokenize", COMPRESS_OUTCOME_FILE=str(outcome), RANK="1")
+    assert not outcome.exists(), "the first rank speaks for all"
+    assert os.environ.get("COMPRESS_OUTCOME_FILE") is None
