@@ -20,6 +20,7 @@ from compress.settings import (
     BUDGET,
     CompressConfig,
     CorrectConfig,
+    JobsConfig,
     ObjectiveName,
     Optimizer,
     PhaseConfig,
@@ -33,6 +34,7 @@ from compress.settings import (
 )
 from compress.training_rules import check_training, is_positive
 
+_JOB_COUNTS = ("num_nodes", "ranks_per_node", "cpus")
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
 
@@ -49,7 +51,8 @@ _RULES: tuple[_Rule, ...] = (
         "distill.global_batch_size distill.micro_batch_size distill.checkpoint_steps distill.keep_checkpoints "
         "distill.log_steps distill.validate_steps export.step evaluate.micro_batch_size evaluate.lm_eval_items "
         "evaluate.generate_tokens cluster.num_nodes cluster.shard_ranks "
-        "cluster.ranks_per_node",
+        "cluster.ranks_per_node "
+        + " ".join(f"cluster.jobs.{job.name}.{key}" for job in fields(JobsConfig) for key in _JOB_COUNTS),
     ),
     (lambda v: math.isfinite(v) and v >= 1, "must be at least 1, or null for all", "evaluate.max_tokens"),
     (

@@ -32,6 +32,7 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
     ("settings", "said"),
     [
         (["run_dir=runs/x"], "run_dir=runs/x must be an absolute path"),
+        (["cluster.jobs.distill.cpus=0"], "cluster.jobs.distill.cpus=0 must be at least 1"),
         (["cluster.jobs.prune.num_nodes=2"], "cluster.jobs.prune asks for 2 nodes of 1 ranks, and the stage is one"),
         ([*ON_TWO, "distill.micro_batch_size=8"], "WORLD_SIZE=2: the global batch of phase 1, 8 sequences, must be"),
         (["teacher.mode=auto"], "teacher.mode=auto is no chain of stages"),
@@ -42,9 +43,12 @@ def test_what_is_no_chain_of_jobs_is_refused(settings: list[str], said: str, tmp
         jobs_of(load_config(*FAST, f"run_dir={tmp_path / 'run'}", *settings))
 
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where `python` is this one
+
+
 def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [REPOSITORY / "launch" / "pipeline.sh", *arguments], env={**environment(), "COMPRESS_VENV": sys.prefix},
+        [REPOSITORY / "launch" / "pipeline.sh", *arguments], env={**environment(), "PATH": PATH},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, missing
+from cluster import PATHS, Cluster, missing
 from conftest import FAST, REPOSITORY
 from safetensors.torch import load_file
 
@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm"),
 ]
 STEPS = 12
+PATH = f"{Path(sys.executable).parent}:{PATHS}"  # where `python` is this one
 SETTINGS = [
     *FAST, f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
     "compute_dtype=float32", "distill.checkpoint_steps=2", "threads=1", "cluster.time=5",
@@ -48,7 +49,7 @@ def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str) -> dict
     """The job of each stage."""
     said = cluster.run(
         str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, f"run_dir={run_dir}", f"cache_dir={cache}", *settings,
-        COMPRESS_VENV=sys.prefix, COMPRESS_GRACE="60", OMP_NUM_THREADS="1",
+        PATH=PATH, COMPRESS_GRACE="60", OMP_NUM_THREADS="1",
     )  # fmt: skip
     return dict(line.split() for line in said.splitlines())
 
@@ -158,7 +159,7 @@ def test_dry_run_submits_nothing(cluster: Cluster, cache: Path, tmp_path: Path) 
     said = subprocess.run(
         [REPOSITORY / "launch" / "pipeline.sh", "--dry-run", *SETTINGS, f"run_dir={tmp_path / 'run'}",
          f"cache_dir={cache}"],
-        env={**os.environ, "COMPRESS_VENV": sys.prefix}, capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "PATH": PATH}, capture_output=True, text=True, timeout=120, check=True,
     ).stdout.splitlines()  # fmt: skip
     assert len(said) == 6
     assert "--nodes=2" in said[3]
