@@ -82,7 +82,7 @@ def books(
                     write_json(folder / MANIFEST, before)
             raise
         seconds = time.time() - began
-        manifest = {**expected, "seconds": seconds, "versions": _versions(), "config": _plain(config)}
+        manifest = {**expected, "seconds": seconds, "versions": versions(), "config": plain_settings(config)}
         write_json(folder / MANIFEST, manifest)
         (folder / STARTED).unlink(missing_ok=True)
     log.info("%s: done in %s", stage, about(seconds))
@@ -95,7 +95,7 @@ def expectations(config: CompressConfig) -> dict[Stage, dict[str, Any]]:
     """
     cache_dir = Path(config.cache_dir).expanduser()
     teacher = teacher_of(config)
-    plain = _plain(config)
+    plain = plain_settings(config)
     files: dict[Stage, dict[str, str]] = {stage: {} for stage in STAGES}
     files[Stage.tokenize]["the teacher's tokenizer"] = tokenizer_fingerprint(teacher)
     for split in ("train", "calibration", "validation"):
@@ -281,7 +281,7 @@ def check_upstream(
                 )
 
 
-def _plain(config: CompressConfig) -> dict[str, Any]:
+def plain_settings(config: CompressConfig) -> dict[str, Any]:
     def convert(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: convert(v) for key, v in value.items()}
@@ -307,5 +307,5 @@ def _source_fingerprint(path: str, cache: Path) -> str:
     return fingerprint([[Path(file).name, fingerprint_path(Path(file))] for file in files]) if files else path
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors", "datasets", "tokenizers")}

@@ -27,6 +27,7 @@ from compress import (
     steptest,
     teacher_choice,
 )
+from compress.agreement import check_agreement
 from compress.artifacts import (
     ERROR,
     MANIFEST,
@@ -45,7 +46,7 @@ from compress.manifests import books, check_upstream, expectations, is_done, rea
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
-from compress.parallel import check_compiler, check_layout, launched, refuse_several_ranks
+from compress.parallel import check_compiler, check_layout, joined, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
@@ -91,6 +92,12 @@ def run(config: CompressConfig) -> None:
         if table is not None:
             _print(table)
         return
+    with joined() as ranks:
+        check_agreement(config, run_dir, ranks)
+        _run_stages(config, run_dir)
+
+
+def _run_stages(config: CompressConfig, run_dir: Path) -> None:
     chosen = chosen_stages(config)
     expected = expectations(config)
     todo = [stage for stage in chosen if not is_done(config, stage, expected)]

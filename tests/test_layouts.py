@@ -87,7 +87,7 @@ def assert_same_training(found: Path, expected: Path) -> None:
     ("size", "extra"),
     [
         (2, ()),
-        pytest.param(4, ("cluster.shard_ranks=2",), id="4-HSDP"),
+        pytest.param(4, ("cluster.shard_ranks=2",), id="4-HSDP", marks=pytest.mark.slow),
         pytest.param(4, (), marks=pytest.mark.slow),
         pytest.param(2, ("cluster.shard_ranks=1", "distill.async_checkpoint=true"), marks=pytest.mark.slow),
         pytest.param(2, ("teacher.whole_window=true", "distill.recompute=true"), marks=pytest.mark.slow),

@@ -26,7 +26,7 @@ from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.families import FAMILIES
 from compress.models import load_model
 from compress.pipeline import STAGES
-from compress.settings import CompressConfig, Stage, set_name
+from compress.settings import CompressConfig, JobsConfig, Stage, set_name
 
 # The search runs with search.num_candidates, the cache with teacher.mode=cached.
 RUN = [stage for stage in STAGES if stage not in (Stage.search, Stage.correct, Stage.cache)]
@@ -78,6 +78,7 @@ def test_a_first_run_makes_every_stage_and_a_second_skips_every_one(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+ASKED = {"num_nodes": "2", "ranks_per_node": "2", "time": "30", "cpus": "4", "memory": "8G"}  # of a job
 OUTSIDE = {
     "data.workers": "2",
     "score.compile": "true",
@@ -103,6 +104,11 @@ OUTSIDE = {
     "cluster.peak_flops": "989e12",
     "cluster.efficiency": "0.3",
     "cluster.price_per_gpu_hour": "2.5",
+    "cluster.ranks_per_node": "2",
+    "cluster.shard_ranks": "1",
+    "cluster.time": "30",
+    **{f"cluster.jobs.{job.name}.{key}": value
+       for job in dataclasses.fields(JobsConfig) for key, value in ASKED.items()},
 }  # fmt: skip
 
 

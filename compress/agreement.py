@@ -1,0 +1,84 @@
+"""Whether all ranks were started alike: the same code, versions, settings and files, and one run folder.
+
+Nodes that differ in any of it would train replicas apart without an error, or wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.artifacts import fingerprint, fingerprint_path
+from compress.errors import ConfigError
+from compress.inputs import teacher_of
+from compress.manifests import plain_settings, versions
+from compress.parallel import Ranks
+from compress.settings import CompressConfig
+
+_PATIENCE = 30  # seconds that a file may take to be seen from another node
+
+
+def check_agreement(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
+    """Raise ConfigError, on every rank, naming what a rank has otherwise than the first one, and which rank."""
+    if ranks.size == 1:
+        return
+    code = {path.name: fingerprint_path(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    _compare({"code of compress": code}, ranks, "install the same version on every node, or give all one PYTHONPATH")
+    names = {f"version of {name}": found for name, found in versions().items()}
+    _compare(names, ranks, "use one environment, or image, on every node")
+    _compare(_leaves(plain_settings(config)), ranks, "start every rank by the same command")
+    _compare({"teacher's files": fingerprint_path(teacher_of(config))}, ranks, "let every node read the same folder")
+    _check_shared(run_dir, ranks)
+
+
+def _leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _leaves(value, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _compare(facts: Mapping[str, Any], ranks: Ranks, remedy: str) -> None:
+    """Facts of the same names on every rank."""
+    digests = torch.tensor([int(fingerprint(value)[:12], 16) for value in facts.values()], dtype=torch.float64)
+    first, *others = (found for [found] in ranks.gather([digests]))
+    for rank, found in enumerate(others, start=1):
+        different = [name for name, same in zip(facts, (found == first).tolist(), strict=True) if not same]
+        if different:
+            own = f" (here, on rank {ranks.rank}: {facts[different[0]]})" if "." in different[0] else ""
+            raise ConfigError(
+                f"rank {rank} of {ranks.size} has another {' and '.join(different[:3])} than rank 0{own}; {remedy}"
+            )
+
+
+def _check_shared(run_dir: Path, ranks: Ranks) -> None:
+    """The first rank leaves a file in the run folder, which all others must see."""
+    name = f".seen-by-all-{ranks.agree(os.urandom(8).hex())}"
+    there = run_dir / name
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        there.touch()
+    try:
+        ranks.any(False)  # it is written
+        until = time.monotonic() + _PATIENCE
+        while not there.exists() and time.monotonic() < until:
+            time.sleep(0.2)
+        lacks = torch.zeros(ranks.size)
+        lacks[ranks.rank] = not there.exists()
+        [missing] = ranks.sums([lacks])
+    finally:
+        if ranks.is_main:
+            there.unlink(missing_ok=True)
+    blind = missing.nonzero().flatten().tolist()
+    if blind:
+        raise ConfigError(
+            f"run_dir={run_dir} is not the same folder for rank {blind[0]} of {ranks.size}: it doesn't see what rank 0 "
+            "writes there. Give one on a file system that all nodes share, by its absolute path"
+        )
