@@ -29,7 +29,7 @@ from compress.models import check_same_tokenizer, check_vocabulary, decoder_laye
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
 from compress.optimizer import LocalOptimizer
-from compress.parallel import Ranks, compile_layers, device_mesh, recompute_layers, resolve_dtype, shard, shard_frozen
+from compress.parallel import Ranks, agreed_dtype, compile_layers, device_mesh, recompute_layers, shard, shard_frozen
 from compress.phases import Phase, Progress, num_steps, phases_of
 from compress.progress import track
 from compress.recovery import FORECAST_SHARE, forecast
@@ -143,7 +143,7 @@ def _prepare(
     sets = validation_batches(config, run_dir) if settings.validate_steps else {}
     check_same_tokenizer(teacher_path, student_path, trust)
     check_vocabulary(teacher_path, student_path, trust)
-    dtype = getattr(torch, ranks.agree(str(resolve_dtype(config.compute_dtype))[6:]))
+    dtype = agreed_dtype(config.compute_dtype, ranks)
     torch.manual_seed(config.seed + ranks.rank)  # what dropout draws
     model = load_model(student_path, torch.float32, trust)
     teacher = _teacher(config, run_dir, dtype, model, shared, mesh)

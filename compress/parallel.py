@@ -130,6 +130,12 @@ class Ranks:
 ALONE = Ranks()
 
 
+def agreed_dtype(choice: str, ranks: Ranks) -> torch.dtype:
+    """`resolve_dtype` by the first rank's measurement, on every rank."""
+    found: torch.dtype = getattr(torch, ranks.agree(str(resolve_dtype(choice)).removeprefix("torch.")))
+    return found
+
+
 def launched() -> Ranks:
     """What the launcher's environment says (torchrun, srun with its variables); alone without one."""
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))

@@ -25,7 +25,7 @@ from compress.importance import estimate_importance, stream_importance
 from compress.inputs import check_calibration, sequences_scored, source_of, streams, task_items, whole_bytes
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import encode_choices
-from compress.parallel import Ranks, available_bytes, joined, resolve_dtype
+from compress.parallel import Ranks, agreed_dtype, available_bytes, joined, resolve_dtype
 from compress.progress import console, track
 from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, rank_correlation, save_importance
@@ -49,7 +49,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     """
     with joined() as ranks:
         # What each would measure by itself must be one answer for all.
-        dtype = ranks.agree(str(resolve_dtype(config.compute_dtype))[6:])
+        dtype = str(agreed_dtype(config.compute_dtype, ranks)).removeprefix("torch.")
         alone = ranks.agree(str(streams(config, read_model(source_of(config), config.teacher.trust_remote_code))))
         scoring = replace(config.score, stream=alone == "True")
         _run(replace(config, compute_dtype=ComputeDtype(dtype), score=scoring), run_dir, ranks)

@@ -161,9 +161,6 @@ class Cluster:
     def cut(self, node: str) -> None:
         self._ip("link", "set", f"{_NAME}{node}", "down")
 
-    def heal(self, node: str) -> None:
-        self._ip("link", "set", f"{_NAME}{node}", "up")
-
     # ---- inside
 
     def _all_up(self) -> bool:

@@ -102,12 +102,15 @@ def assert_same_weights(run_dir: Path, undisturbed: Path) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
+def _last_node(cluster: Cluster, job: str) -> str:
+    return cluster.run("scontrol", "show", "hostnames", cluster.facts(job)["NodeList"]).split()[-1]
+
+
 def disturb(kind: str, cluster: Cluster, job: str) -> None:
     if kind == "time limit":  # what Slurm sends before it
         cluster.run("scancel", "--batch", "--signal=USR1", job)
     elif kind == "power":
-        node = cluster.facts(job)["NodeList"]
-        cluster.power_off("n2" if "2" in node else "n1")
+        cluster.power_off(_last_node(cluster, job))
     elif kind == "preemption":
         settings = ["--partition=high", "--nodes=3", "--exclusive", "--time=1", "--wrap=sleep 1", "--output=/dev/null"]
         cluster.run("sbatch", *settings)
@@ -120,10 +123,11 @@ def test_a_disturbed_training_ends_in_the_same_weights(
     run_dir = upstream(undisturbed, tmp_path / "run")
     jobs = submit(cluster, run_dir, cache, "until=export")
     wait_for_step(cluster, run_dir, jobs["distill"])
+    node = _last_node(cluster, jobs["distill"])
     disturb(kind, cluster, jobs["distill"])
     cluster.wait(lambda: cluster.facts(jobs["distill"])["Restarts"] != "0", 120, "requeue")
     if kind == "power":
-        cluster.power_on("n2")
+        cluster.power_on(node)
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
     assert_same_weights(run_dir, undisturbed)
 
