@@ -28,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from compress.attention import blocks_are_faster, use_blocked_attention
 from compress.errors import ConfigError
 from compress.models import decoder_layers
 
@@ -222,6 +223,8 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile each decoder layer, in place, on its first call: they share one graph, so under a minute in all."""
+    if blocks_are_faster():
+        use_blocked_attention(model)
     for layer in decoder_layers(model):
         layer.compile()
 
