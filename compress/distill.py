@@ -25,7 +25,7 @@ from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_second, flops_per_token
 from compress.folders import read_model
 from compress.inputs import kept_channels, learned_from, open_cache, start_of
-from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model, logits_of
+from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
 from compress.optimizer import LocalOptimizer
@@ -37,6 +37,7 @@ from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.signals import check_student
 from compress.step import StudentModule, TeacherSource, accumulate_gradients
+from compress.streaming import streamed_model
 from compress.teacher import (
     CachedTeacher,
     NoTeacher,
@@ -145,12 +146,14 @@ def _prepare(
     check_vocabulary(teacher_path, student_path, trust)
     dtype = agreed_dtype(config.compute_dtype, ranks)
     torch.manual_seed(config.seed + ranks.rank)  # what dropout draws
-    model = load_model(student_path, torch.float32, trust)
+    model, fill = streamed_model(student_path, torch.float32, trust)
     teacher = _teacher(config, run_dir, dtype, model, shared, mesh)
     judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
     if sets and judge is None:  # asked now, and its layers let go
         batches = itertools.chain.from_iterable(sets.values())
-        judge = RememberedTeacher(Teacher(load_model(teacher_path, dtype, trust)), batches)
+        asked, fill_asked = streamed_model(teacher_path, dtype, trust)
+        shard_frozen(asked, mesh, fill_asked)
+        judge = RememberedTeacher(Teacher(asked), batches)
     if settings.recompute:
         recompute_layers(model)
     if settings.compile:
@@ -160,7 +163,7 @@ def _prepare(
         widths = model.config.hidden_size, teacher.model.config.hidden_size
         projections = make_projections(settings.objectives, *widths, config.seed, kept_channels(config, run_dir))
     student = StudentModule(model, projections, settings.compile).train()
-    shard(student, decoder_layers(model), mesh, dtype)
+    shard(student, decoder_layers(model), mesh, dtype, fill)
     register_fsdp_forward_method(student, "figures")
     average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
     optimizer = optimizer_of(student, settings)
@@ -192,11 +195,11 @@ def _teacher(
         return PreviousSelf()
     if not asks_teacher(config):
         return NoTeacher()
-    model = load_model(learned_from(config, run_dir), dtype, config.teacher.trust_remote_code)
+    model, fill = streamed_model(learned_from(config, run_dir), dtype, config.teacher.trust_remote_code)
     check_models(terms, student, model)
     if config.distill.compile:
         compile_layers(model)
-    shard_frozen(decoder_layers(model), mesh)
+    shard_frozen(model, mesh, fill)
     return Teacher(model, listening(terms, to_teacher=True))
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from compress.artifacts import remedy_for
 from compress.errors import ArtifactError, ConfigError
 
 GENERATION = "generation_config.json"
+T = TypeVar("T")
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -107,8 +108,6 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
 
     Raises ArtifactError, naming the tensors, where transformers would only warn and go on with random weights.
     """
-    # The grouped kernels of mixtures know no float64, which only proofs use.
-    exact = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -116,7 +115,7 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            **exact,
+            **kernels_for(dtype),
         )
     except Exception as error:  # whatever a damaged config or shard makes transformers stumble over
         raise ArtifactError(
@@ -133,6 +132,28 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
             + f"; {remedy_for(Path(folder))}"
         )
     return model
+
+
+def kernels_for(dtype: torch.dtype) -> dict[str, str]:
+    """What transformers is told to compute by: the grouped kernels of mixtures know no float64, which proofs use."""
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+
+
+def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder's config.json on the meta device, in eval mode: no tensor of it has memory or a value.
+
+    Raises ArtifactError for a config that transformers can't build a model from.
+    """
+
+    def make() -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **kernels_for(dtype)
+            )
+        return model.eval()
+
+    return _loaded(folder / "config.json", make)
 
 
 def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Any:
@@ -180,7 +201,7 @@ def check_usable(folder: Path, trust_remote_code: bool = False) -> None:
         )
 
 
-def _loaded(file: Path, make: Callable[[], Any]) -> Any:
+def _loaded(file: Path, make: Callable[[], T]) -> T:
     try:
         return make()
     except Exception as error:  # KeyError, TypeError, ... : transformers' own classes don't cover it

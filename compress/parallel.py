@@ -15,7 +15,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from compress.models import decoder_layers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Fill = Callable[[int | None], None]  # gives a layer its weights, by its number; None: what is outside of the layers
 
 
 @functools.cache
@@ -229,18 +230,28 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile()
 
 
-def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def _filled(_layer: int | None) -> None:
+    """For a model that has its weights."""
+
+
+def shard(
+    step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype, fill: Fill = _filled
+) -> None:
     """FSDP2 in place: one unit per decoder layer, the rest (embedding, norm, head) with the root.
 
-    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32.
+    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32. `fill`
+    (`streaming.streamed_model`) gives each unit its weights just before it is split, so that of a model that is shared
+    no rank holds more than its part and one whole unit.
     """
     mixed = compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
     )
     # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        fill(number)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
+    fill(None)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if mesh.size() == 1:
         layered = {parameter for layer in layers for parameter in layer.parameters()}
@@ -251,13 +262,21 @@ def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compu
                 unit.set_custom_reduce_scatter(_NothingToReduce(parameters))
 
 
-def shard_frozen(layers: nn.ModuleList, mesh: DeviceMesh) -> None:
-    """Each layer of a model that isn't trained, in place: gathered for its forward and let go after it.
+def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh, fill: Fill = _filled) -> None:
+    """A model that isn't trained, in place: each layer, and the embedding where the head has weights of its own, is
+    gathered for its forward and let go after it. `fill` as for `shard`.
 
-    What is outside of the layers (embedding, norm, head) stays whole on every rank; the head is read between forwards.
+    The head stays whole on every rank, since losses read it between forwards, and the last norm with it.
     """
-    for layer in layers if mesh.size() > 1 else ():
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    several = mesh.size() > 1
+    for number, layer in enumerate(decoder_layers(model)):
+        fill(number)
+        if several:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fill(None)
+    embedding: Any = model.get_input_embeddings()
+    if several and embedding.weight is not model.get_output_embeddings().weight:
+        fully_shard(embedding, mesh=mesh, reshard_after_forward=True)
 
 
 class _NothingToReduce:

@@ -1,8 +1,10 @@
-"""One decoder layer of a checkpoint at a time: scoring, compensation and proof for models larger than memory.
+"""One decoder layer of a checkpoint at a time: scoring, compensation and proof for models larger than memory, and the
+start of a training whose ranks share a model that none of them could hold.
 
 Each layer is read from the shards into a model of that one layer (transformers' own class and loader, so masks, rotary
-tables and fused experts are as in the whole), the calibration text's hidden states pass through it, and it is freed.
-What is held is one layer, one batch of activations, and the hidden states, in memory or in a file.
+tables and fused experts are as in the whole). For scoring the calibration text's hidden states pass through it, and it
+is freed: what is held is one layer, one batch of activations, and the hidden states, in memory or in a file. For
+training its tensors move into the whole model, to be sharded at once.
 """
 
 # B sequences of a batch, S sequences of all batches, T tokens, D hidden, V vocabulary, N picked tokens
@@ -18,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.architecture import ModelInfo, config_layer_types, layer_of, renumber
 from compress.artifacts import open_tensors, save_tensors
 from compress.errors import ArtifactError
-from compress.models import decoder_layers, soft_cap_
+from compress.folders import read_model
+from compress.models import decoder_layers, empty_model, kernels_for, soft_cap_
 from compress.slicing import largest_layer_bytes
 from compress.step import packed_masks
 from compress.tokens import TokenBatch
@@ -36,10 +39,15 @@ Progress = Callable[[Iterator[Any], int], Iterable[Any]]
 
 
 class LayerStream:
-    """The layers of a checkpoint folder, one by one."""
+    """The layers of a checkpoint folder, one by one; `like`: in the class and by the config of this model, which may be
+    a folder's own code, instead of transformers' for its model_type."""
 
-    def __init__(self, info: ModelInfo, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, info: ModelInfo, dtype: torch.dtype, trust_remote_code: bool = False, like: PreTrainedModel | None = None
+    ) -> None:
         self.info, self.dtype, self.trust = info, dtype, trust_remote_code
+        self._config = info.parsed if like is None else like.config
+        self._class: Any = AutoModelForCausalLM._model_mapping[type(self._config)] if like is None else type(like)
         self.num_layers = info.shape.num_hidden_layers
         self._shards = info.shards
         self._layer_bytes = largest_layer_bytes(info)
@@ -63,26 +71,39 @@ class LayerStream:
 
         Raises ArtifactError when transformers doesn't find all of the layer's tensors, or finds others.
         """
-        config = copy.deepcopy(self.info.parsed)
+        config = copy.deepcopy(self._config)
         config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, _TINY_VOCABULARY, False
         if self._types is not None:
             config.layer_types = [self._types[number]]
         state = {renumber(name, 0, None): self.tensor(name) for name in self._names[number]}
-        state |= self._outside
-        exact = {"experts_implementation": "eager"} if self.dtype == torch.float64 else {}
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        loaded: Any = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True, **exact
+        return self._load(config, state | self._outside, f"layer {number}")
+
+    def _load(self, config: Any, state: dict[str, Tensor], what: str) -> PreTrainedModel:
+        loaded: Any = self._class.from_pretrained(
+            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True, **kernels_for(self.dtype)
         )
         model: PreTrainedModel = loaded[0]
         facts: dict[str, Any] = loaded[1]
-        vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        tiny = {name for name, parameter in model.named_parameters() if any(parameter is w for w in vocabulary)}
-        missing = sorted(set(facts["missing_keys"]) - tiny)
-        wrong = [*missing, *map(str, facts["unexpected_keys"]), *map(str, facts["mismatched_keys"])]
+        absent = set(facts["missing_keys"])
+        if config.vocab_size == _TINY_VOCABULARY:
+            vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+            absent -= {name for name, parameter in model.named_parameters() if any(parameter is w for w in vocabulary)}
+        wrong = [*sorted(absent), *map(str, facts["unexpected_keys"]), *map(str, facts["mismatched_keys"])]
         if wrong:
-            raise ArtifactError(f"{self.info.folder}: layer {number} doesn't load: {wrong[:3]}; fetch or make it again")
+            raise ArtifactError(f"{self.info.folder}: {what} doesn't load: {wrong[:3]}; fetch or make it again")
         return model.eval().requires_grad_(False)
+
+    def fill(self, model: PreTrainedModel, number: int | None) -> None:
+        """Give an `empty_model` of this checkpoint the weights of a layer; None: of all that is outside of the layers,
+        with the tables that no checkpoint holds (rotary frequencies)."""
+        with torch.random.fork_rng(devices=[]):  # transformers draws weights for the tiny embedding
+            if number is not None:
+                _move(decoder_layers(self.layer(number))[0], decoder_layers(model)[number])
+                return
+            config = copy.deepcopy(self._config)
+            config.num_hidden_layers = 0
+            names = [name for name in self.info.tensors if layer_of(name) is None]
+            _move(self._load(config, {name: self.tensor(name) for name in names}, "what is outside of layers"), model)
 
     def let_go(self) -> None:
         """Free the last layer before the next one comes: models hold themselves in cycles. Small ones may wait."""
@@ -108,6 +129,32 @@ class LayerStream:
         for rows_RD in weight_VD.split(_ROWS):
             yield soft_cap_(final_ND @ rows_RD.to(final_ND.dtype).T, cap).float()
         self._shards.close()
+
+
+def streamed_model(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Callable[[int | None], None]]:
+    """What `load_model` loads, yet without weights, and what gives a layer its own, by its number, or, by None and as
+    the last, all that is outside of the layers; bit for bit the same. For `parallel.shard` and `shard_frozen`.
+
+    Raises ArtifactError, naming the tensors, for a folder that doesn't hold what its config.json describes.
+    """
+    model = empty_model(folder, dtype, trust_remote_code)
+    stream = LayerStream(read_model(folder, trust_remote_code), dtype, trust_remote_code, like=model)
+    return model, lambda number: stream.fill(model, number)
+
+
+def _move(source: nn.Module, target: nn.Module) -> None:
+    """Every parameter and buffer of a module into the place of its name in another. The source, which may live on in a
+    cycle, lets them go; tied ones stay tied."""
+    parts = [*source.named_parameters(remove_duplicate=False), *source.named_buffers(remove_duplicate=False)]
+    for name, tensor in parts:
+        place, _, leaf = name.rpartition(".")
+        empty = getattr(target.get_submodule(place), leaf)
+        assert empty.is_meta, name
+        assert empty.shape == tensor.shape, name
+        setattr(target.get_submodule(place), leaf, tensor.requires_grad_(empty.requires_grad))
+        delattr(source.get_submodule(place), leaf)
 
 
 def through_layer(model: PreTrainedModel, hidden_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -512,8 +512,8 @@ def test_the_teachers_weights_are_not_read_while_training(
     cached: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    load = distill.load_model
-    monkeypatch.setattr(distill, "load_model", lambda path, *a: opened.append(Path(path)) or load(path, *a))
+    load = distill.streamed_model
+    monkeypatch.setattr(distill, "streamed_model", lambda path, *a: opened.append(Path(path)) or load(path, *a))
     distill.run(_config(cache, cached), cached)
     assert opened == [cached / "prune"]
 

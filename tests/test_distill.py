@@ -131,8 +131,8 @@ def test_a_training_against_its_own_earlier_word_resumes_exactly_and_loads_no_te
 
 def test_its_own_word_needs_no_teacher_weights(upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, loaded = _copy(upstream, tmp_path / "run"), []
-    right = distill.load_model
-    monkeypatch.setattr(distill, "load_model", lambda path, *rest: loaded.append(path) or right(path, *rest))
+    right = distill.streamed_model
+    monkeypatch.setattr(distill, "streamed_model", lambda path, *rest: loaded.append(path) or right(path, *rest))
     _train(folder, *ITSELF)
     assert loaded == [folder / "run" / "prune"]
 
@@ -183,8 +183,8 @@ def test_a_loss_of_labels_alone_loads_no_teacher_and_trains_as_with_one(
     settings = "distill.objectives=[{objective: cross_entropy}]"
     without, asked = _copy(upstream, tmp_path / "without"), _copy(upstream, tmp_path / "asked")
     opened: list[Path] = []
-    load = distill.load_model
-    monkeypatch.setattr(distill, "load_model", lambda path, *rest: opened.append(Path(path)) or load(path, *rest))
+    load = distill.streamed_model
+    monkeypatch.setattr(distill, "streamed_model", lambda path, *rest: opened.append(Path(path)) or load(path, *rest))
     alone = _train(without, settings)
     assert opened == [without / "run" / "prune"]
     validated = _train(asked, settings, "distill.validate_steps=4", "distill.validate_tokens=512")
