@@ -25,12 +25,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from compress.artifacts import building_folder, fingerprint_path, read_json, temporary_of, write_json
+from compress.devices import random_states, set_random_states
 from compress.errors import ArtifactError
 from compress.parallel import ALONE, Ranks, launched
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"
-RNG = "rng/cpu"
 
 
 def save(
@@ -60,7 +60,7 @@ def save(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # One rank has nobody to talk to, and may be in a thread beside training, which does.
-                everything = {rng_key(ranks.rank): torch.get_rng_state(), **state}
+                everything = {**_random(ranks.rank), **state}
                 dcp.save(everything, storage_writer=writer, no_dist=ranks.size == 1, process_group=group)
         except dcp.CheckpointException as error:  # carries what each rank raised; one rank is enough to say why
             raise next(iter(error.failures.values()))[0] from error
@@ -69,13 +69,18 @@ def save(
     if ranks.is_main:
         _remove_old(folder, step, keep, figures or {})
     if ranks.size > 1:  # nobody goes on, or ends, before it is committed
-        dist.barrier(group=group)
+        dist.all_reduce(torch.zeros(()), group=group)  # a barrier would take a GPU where there is one
     return final
 
 
-def rng_key(rank: int) -> str:
+def rng_key(rank: int, device_type: str = "cpu") -> str:
     """Under which name a rank's random numbers are kept."""
-    return RNG if rank == 0 else f"{RNG}/{rank}"
+    return f"rng/{device_type}" + (f"/{rank}" if rank else "")
+
+
+def _random(rank: int) -> dict[str, Tensor]:
+    """This rank's random numbers of now, by those names."""
+    return {rng_key(rank, device_type): state for device_type, state in random_states().items()}
 
 
 def _remove_old(folder: Path, step: int, keep: int, figures: Mapping[int, float]) -> None:
@@ -112,8 +117,8 @@ class Writer:
         if self._threads is None:
             self._save(step, state, facts, figures)
             return
-        rng = rng_key(self.ranks.rank)
-        copied = {name: tensor.detach().clone() for name, tensor in {rng: torch.get_rng_state(), **state}.items()}
+        everything = {**_random(self.ranks.rank), **state}
+        copied = {name: tensor.detach().clone() for name, tensor in everything.items()}
         self._writing = self._threads.submit(self._save, step, copied, facts, figures)
 
     def _save(
@@ -230,11 +235,10 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
 
     `state` may hold a part of what was saved (the model alone, for an export).
     """
-    wanted = dict(state)
-    rng, key = torch.get_rng_state(), rng_key(launched().rank)
-    restore_rng = restore_rng and key in _known(path)  # another number of ranks wrote it: this one's are new
-    if restore_rng:
-        wanted[key] = rng
+    known = _known(path) if restore_rng else {}
+    # Those that aren't there are new: another number of ranks wrote it, or other devices.
+    random = {kind: now for kind, now in random_states().items() if rng_key(launched().rank, kind) in known}
+    wanted = {**state, **{rng_key(launched().rank, kind): now for kind, now in random.items()}}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -245,14 +249,13 @@ def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> Non
             f"{path} does not hold this model ({cause}): it was trained from another student. Give this run another "
             "name=, or delete the folder of checkpoints to train from the start"
         ) from error
-    if restore_rng:
-        torch.set_rng_state(rng)
+    set_random_states(random)
 
 
-def empties(path: Path, prefix: str) -> dict[str, Tensor]:
+def empties(path: Path, prefix: str, device: torch.device) -> dict[str, Tensor]:
     """Tensors of the names, shapes and dtypes that the checkpoint has under `prefix`, to be filled by `load`."""
     return {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
         for name, entry in _known(path).items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }

@@ -21,15 +21,25 @@ from transformers import PreTrainedModel
 from compress import checkpoint, training_log
 from compress.allocator import kept_memory
 from compress.capture import check_models, listening, make_projections
+from compress.devices import device_of, random_states, set_attention, set_random_states
 from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_second, flops_per_token
 from compress.folders import read_model
-from compress.inputs import kept_channels, learned_from, open_cache, start_of
-from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, logits_of
+from compress.inputs import kept_channels, learned_from, open_cache, start_of, teacher_of
+from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, empty_model, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
 from compress.optimizer import LocalOptimizer
-from compress.parallel import Ranks, agreed_dtype, compile_layers, device_mesh, recompute_layers, shard, shard_frozen
+from compress.parallel import (
+    Ranks,
+    agreed_dtype,
+    compile_layers,
+    device_mesh,
+    recompute_layers,
+    resolve_dtype,
+    shard,
+    shard_frozen,
+)
 from compress.phases import Phase, Progress, num_steps, phases_of
 from compress.progress import track
 from compress.recovery import FORECAST_SHARE, forecast
@@ -67,6 +77,15 @@ from compress.validation import mean_kl, validate, validation_batches
 log = logging.getLogger(__name__)
 
 
+def preflight(config: CompressConfig) -> None:
+    """Raise ConfigError for a device that isn't here, or whose attention can't do with sequences as long as these."""
+    device = device_of(config.cluster.device)
+    if device.type != "cpu":
+        teacher = empty_model(teacher_of(config), torch.float32, config.teacher.trust_remote_code)
+        dtype = resolve_dtype(config.compute_dtype, device)
+        set_attention(teacher, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
+
+
 def run(config: CompressConfig, run_dir: Path) -> None:
     """Train phase after phase, or until recovery levels off; commit every distill.checkpoint_steps and on a signal.
 
@@ -82,11 +101,13 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
     One that is behind the others, after a kill, catches up first. Raises as `run`; a student that fails ends them all.
     """
     shared: Teacher | None = None
-    layout = device_mesh(members[0][0].cluster.shard_ranks)
+    cluster = members[0][0].cluster
+    device = device_of(cluster.device)
+    layout = device_mesh(cluster.shard_ranks, device)
     with kept_memory(), layout as (ranks, mesh), _stop_signals() as stop, contextlib.ExitStack() as stack:
         trainings: list[_Training] = []
         for config, run_dir in members:
-            parts, progress = _prepare(config, run_dir, ranks, mesh, shared)
+            parts, progress = _prepare(config, run_dir, ranks, mesh, device, shared)
             if len(members) > 1 and isinstance(parts.teacher, Teacher):
                 shared = parts.teacher = shared or OncePerBatch(parts.teacher)
             settings = config.distill
@@ -95,7 +116,7 @@ def run_together(members: Sequence[tuple[CompressConfig, Path]]) -> None:
                 folder, settings.keep_checkpoints, settings.async_checkpoint, progress.step, ranks
             )
             steps = _train(parts, progress, stack.enter_context(writer), stop)
-            trainings.append(_Training(progress, steps, torch.get_rng_state()))
+            trainings.append(_Training(progress, steps, random_states()))
         while trainings:
             behind = min(one.progress.step for one in trainings)
             left, interrupted = [], None
@@ -121,19 +142,19 @@ class _Training:
 
     progress: Progress
     steps: Iterator[int]
-    random: Tensor
+    random: dict[str, Tensor]
 
     def advance(self) -> bool:
         """A step more; False where there was none left."""
-        torch.set_rng_state(self.random)
+        set_random_states(self.random)
         try:
             return next(self.steps, None) is not None
         finally:
-            self.random = torch.get_rng_state()
+            self.random = random_states()
 
 
 def _prepare(
-    config: CompressConfig, run_dir: Path, ranks: Ranks, mesh: DeviceMesh, shared: Teacher | None
+    config: CompressConfig, run_dir: Path, ranks: Ranks, mesh: DeviceMesh, device: torch.device, shared: Teacher | None
 ) -> tuple[_Parts, Progress]:
     """Everything that a training works with, as far as it has come."""
     settings, trust = config.distill, config.teacher.trust_remote_code
@@ -142,17 +163,18 @@ def _prepare(
     data = TokenSet.open(run_dir / "tokens" / "train")
     check_training_data(config, run_dir)
     sets = validation_batches(config, run_dir) if settings.validate_steps else {}
+    sets = {name: [batch.to(device) for batch in batches] for name, batches in sets.items()}
     check_same_tokenizer(teacher_path, student_path, trust)
     check_vocabulary(teacher_path, student_path, trust)
-    dtype = agreed_dtype(config.compute_dtype, ranks)
+    dtype = agreed_dtype(config.compute_dtype, ranks, device)
     torch.manual_seed(config.seed + ranks.rank)  # what dropout draws
-    model, fill = streamed_model(student_path, torch.float32, trust)
-    teacher = _teacher(config, run_dir, dtype, model, shared, mesh)
+    model, fill = streamed_model(student_path, torch.float32, trust, device)
+    set_attention(model, device, dtype, settings.micro_batch_size, config.data.sequence_length)
+    teacher = _teacher(config, run_dir, dtype, model, shared, mesh, device)
     judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
     if sets and judge is None:  # asked now, and its layers let go
         batches = itertools.chain.from_iterable(sets.values())
-        asked, fill_asked = streamed_model(teacher_path, dtype, trust)
-        shard_frozen(asked, mesh, fill_asked)
+        asked = _frozen(config, teacher_path, dtype, mesh, device, compiled=False)
         judge = RememberedTeacher(Teacher(asked), batches)
     if settings.recompute:
         recompute_layers(model)
@@ -175,12 +197,14 @@ def _prepare(
     if ranks.is_main:
         training_log.keep_up_to(metrics, progress.step)
     work = _work(config, teacher_path, student_path, dtype)
-    return _Parts(config, ranks, student, teacher, optimizer, average, data, sets, judge, work, metrics), progress
+    return _Parts(
+        config, ranks, device, student, teacher, optimizer, average, data, sets, judge, work, metrics
+    ), progress
 
 
 def _teacher(
     config: CompressConfig, run_dir: Path, dtype: torch.dtype, student: PreTrainedModel, shared: Teacher | None,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh, device: torch.device,
 ) -> TeacherSource:  # fmt: skip
     """Who is distilled from. A teacher's weights are read only when it is asked at every step, and once for all."""
     terms = config.distill.objectives
@@ -195,12 +219,21 @@ def _teacher(
         return PreviousSelf()
     if not asks_teacher(config):
         return NoTeacher()
-    model, fill = streamed_model(learned_from(config, run_dir), dtype, config.teacher.trust_remote_code)
+    model = _frozen(config, learned_from(config, run_dir), dtype, mesh, device, config.distill.compile)
     check_models(terms, student, model)
-    if config.distill.compile:
+    return Teacher(model, listening(terms, to_teacher=True))
+
+
+def _frozen(
+    config: CompressConfig, folder: Path, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device, compiled: bool
+) -> PreTrainedModel:
+    """A teacher, of which each rank holds its part."""
+    model, fill = streamed_model(folder, dtype, config.teacher.trust_remote_code, device)
+    set_attention(model, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
+    if compiled:
         compile_layers(model)
     shard_frozen(model, mesh, fill)
-    return Teacher(model, listening(terms, to_teacher=True))
+    return model
 
 
 @dataclasses.dataclass
@@ -209,6 +242,7 @@ class _Parts:
 
     config: CompressConfig
     ranks: Ranks
+    device: torch.device
     student: StudentModule
     teacher: TeacherSource
     optimizer: LocalOptimizer
@@ -248,7 +282,8 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         writer.check()
         phase, within = step.phase, progress.step - step.phase.first_step
         began, head_before = time.perf_counter(), parts.student.head_seconds
-        window = list(micro_batches(step.data, step.indices, settings.micro_batch_size, parts.ranks))
+        dealt = micro_batches(step.data, step.indices, settings.micro_batch_size, parts.ranks)
+        window = [batch.to(parts.device) for batch in dealt]
         terms = terms_at(settings, within, phase.num_steps)
         said: list[Tensor] = []
         if parts.previous is not None:

@@ -98,7 +98,7 @@ class LocalOptimizer:
                 state = optimizer.state[local]
                 if not state:  # as the first step() of each would: step count 0, moments 0
                     if isinstance(optimizer, torch.optim.AdamW):
-                        state["step"] = torch.zeros((), dtype=torch.float32)
+                        state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
                         state["exp_avg"], state["exp_avg_sq"] = (
                             torch.zeros_like(local),
                             torch.zeros_like(local),

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compress.attention import blocks_are_faster, use_blocked_attention
+from compress.devices import CPU, backend
 from compress.errors import ConfigError
 from compress.models import decoder_layers
 
@@ -54,9 +55,12 @@ def _measured_dtype() -> torch.dtype:
     return chosen
 
 
-def resolve_dtype(choice: str) -> torch.dtype:
+def resolve_dtype(choice: str, device: torch.device = CPU) -> torch.dtype:
     """The dtype of activations and products for compute_dtype=auto|bfloat16|float32; master weights stay float32."""
-    return _measured_dtype() if choice == "auto" else getattr(torch, choice)
+    if choice == "auto":
+        return _measured_dtype() if device.type == "cpu" else torch.bfloat16
+    found: torch.dtype = getattr(torch, choice)
+    return found
 
 
 def available_bytes() -> int:
@@ -132,9 +136,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def agreed_dtype(choice: str, ranks: Ranks) -> torch.dtype:
+def agreed_dtype(choice: str, ranks: Ranks, device: torch.device = CPU) -> torch.dtype:
     """`resolve_dtype` by the first rank's measurement, on every rank."""
-    found: torch.dtype = getattr(torch, ranks.agree(str(resolve_dtype(choice)).removeprefix("torch.")))
+    found: torch.dtype = getattr(torch, ranks.agree(str(resolve_dtype(choice, device)).removeprefix("torch.")))
     return found
 
 
@@ -149,7 +153,7 @@ def joined() -> Iterator[Ranks]:
     ranks = launched()
     own = ranks.size > 1 and not dist.is_initialized()
     if own:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend())
     try:
         yield ranks
     finally:
@@ -181,29 +185,29 @@ def check_layout(shard_ranks: int | None) -> int:
 
 
 @contextlib.contextmanager
-def device_mesh(shard_ranks: int | None) -> Iterator[tuple[Ranks, DeviceMesh]]:
-    """The launched ranks, which can talk to each other inside the block, and their mesh: (shard,), or (replicate,
-    shard) where a model is shared by some of them only. One process needs no launcher."""
+def device_mesh(shard_ranks: int | None, device: torch.device = CPU) -> Iterator[tuple[Ranks, DeviceMesh]]:
+    """The launched ranks, which can talk to each other inside the block, and the mesh of their devices: (shard,), or
+    (replicate, shard) where a model is shared by some of them only. One process needs no launcher."""
     share = check_layout(shard_ranks)
     if launched().size == 1:
-        with single_process_mesh() as mesh:
+        with single_process_mesh(device) as mesh:
             yield ALONE, mesh
         return
     with joined() as ranks:
         copies = ranks.size // share
         shape, names = ((copies, share), ("replicate", "shard")) if copies > 1 else ((share,), ("shard",))
-        yield ranks, init_device_mesh("cpu", shape, mesh_dim_names=names)
+        yield ranks, init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 @contextlib.contextmanager
-def single_process_mesh() -> Iterator[DeviceMesh]:
-    """A device mesh of one process (gloo), over a process group that exists only inside the block."""
+def single_process_mesh(device: torch.device = CPU) -> Iterator[DeviceMesh]:
+    """A device mesh of one process, over a process group that exists only inside the block."""
     refuse_several_ranks()
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        yield init_device_mesh(device.type, (1,), mesh_dim_names=("shard",))
     finally:
         if own:
             dist.destroy_process_group()

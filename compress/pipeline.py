@@ -145,6 +145,8 @@ def _preflight(config: CompressConfig, run_dir: Path, todo: list[Stage]) -> None
         if Stage.evaluate in todo:
             evaluate.preflight(config)
         _check_models(config)
+        if Stage.distill in todo:
+            distill.preflight(config)
         if config.distill.compile and Stage.distill in todo:
             check_compiler("distill.compile")
         if config.score.compile and Stage.score in todo:

@@ -69,6 +69,14 @@ class ComputeDtype(StrEnum):
     float32 = "float32"
 
 
+class Device(StrEnum):
+    """What a training computes on."""
+
+    auto = "auto"  # each rank's own GPU where torch sees any
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class TeacherMode(StrEnum):
     """Where the teacher's word comes from while distilling."""
 
@@ -375,6 +383,7 @@ class ClusterConfig:
     time: str = "04:00:00"  # of a job, as sbatch takes it
     jobs: JobsConfig = field(default_factory=JobsConfig)
     shard_ranks: int | None = None  # that share a model (FSDP2); further ones hold copies (HSDP); none = all
+    device: Device = Device.auto  # of distill; the other stages compute on the CPU
     gpus_per_node: int = 0  # 0 = the CPU trains
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
     peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = of a product here

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.architecture import ModelInfo, config_layer_types, layer_of, renumber
 from compress.artifacts import open_tensors, save_tensors
+from compress.devices import CPU
 from compress.errors import ArtifactError
 from compress.folders import read_model
 from compress.models import decoder_layers, empty_model, kernels_for, soft_cap_
@@ -93,17 +94,18 @@ class LayerStream:
             raise ArtifactError(f"{self.info.folder}: {what} doesn't load: {wrong[:3]}; fetch or make it again")
         return model.eval().requires_grad_(False)
 
-    def fill(self, model: PreTrainedModel, number: int | None) -> None:
+    def fill(self, model: PreTrainedModel, number: int | None, device: torch.device = CPU) -> None:
         """Give an `empty_model` of this checkpoint the weights of a layer; None: of all that is outside of the layers,
         with the tables that no checkpoint holds (rotary frequencies)."""
         with torch.random.fork_rng(devices=[]):  # transformers draws weights for the tiny embedding
             if number is not None:
-                _move(decoder_layers(self.layer(number))[0], decoder_layers(model)[number])
+                _move(decoder_layers(self.layer(number))[0].to(device), decoder_layers(model)[number])
                 return
             config = copy.deepcopy(self._config)
             config.num_hidden_layers = 0
             names = [name for name in self.info.tensors if layer_of(name) is None]
-            _move(self._load(config, {name: self.tensor(name) for name in names}, "what is outside of layers"), model)
+            outside: nn.Module = self._load(config, {n: self.tensor(n) for n in names}, "what is outside of layers")
+            _move(outside.to(device), model)
 
     def let_go(self) -> None:
         """Free the last layer before the next one comes: models hold themselves in cycles. Small ones may wait."""
@@ -132,16 +134,17 @@ class LayerStream:
 
 
 def streamed_model(
-    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, device: torch.device = CPU
 ) -> tuple[PreTrainedModel, Callable[[int | None], None]]:
     """What `load_model` loads, yet without weights, and what gives a layer its own, by its number, or, by None and as
-    the last, all that is outside of the layers; bit for bit the same. For `parallel.shard` and `shard_frozen`.
+    the last, all that is outside of the layers, on the device; bit for bit the same. For `parallel.shard` and
+    `shard_frozen`.
 
     Raises ArtifactError, naming the tensors, for a folder that doesn't hold what its config.json describes.
     """
     model = empty_model(folder, dtype, trust_remote_code)
     stream = LayerStream(read_model(folder, trust_remote_code), dtype, trust_remote_code, like=model)
-    return model, lambda number: stream.fill(model, number)
+    return model, lambda number: stream.fill(model, number, device)
 
 
 def _move(source: nn.Module, target: nn.Module) -> None:

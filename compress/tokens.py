@@ -48,6 +48,10 @@ class TokenBatch:
     loss_mask: Tensor  # bool [B, T]
     valid_mask: Tensor  # bool [B, T]
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same on a device."""
+        return TokenBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
     def rows(self, start: int, stop: int) -> TokenBatch:
         """The sequences start, ..., stop - 1 alone."""
         return TokenBatch(*(tensor[start:stop] for tensor in vars(self).values()))

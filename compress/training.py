@@ -169,7 +169,8 @@ def resume(
         return {}
     path, facts = found
     if previous is not None:
-        previous.restore(checkpoint.empties(path, PREVIOUS), output_head(student.model))
+        device = next(student.parameters()).device
+        previous.restore(checkpoint.empties(path, PREVIOUS, device), output_head(student.model))
     checkpoint.load(path, training_state(student, optimizer, average, previous), restore_rng=True)
     return facts
 

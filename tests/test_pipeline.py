@@ -99,6 +99,7 @@ OUTSIDE = {
     "evaluate.micro_batch_size": "1",
     "threads": "2",
     "cluster.num_nodes": "2",
+    "cluster.device": "cpu",
     "cluster.gpus_per_node": "8",
     "cluster.memory_bytes": "80GiB",
     "cluster.peak_flops": "989e12",
