@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -281,6 +281,20 @@ def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh, fill: Fill = _filled)
     embedding: Any = model.get_input_embeddings()
     if several and embedding.weight is not model.get_output_embeddings().weight:
         fully_shard(embedding, mesh=mesh, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def gathered_once(model: nn.Module | None) -> Iterator[None]:
+    """Inside the block what `shard_frozen` has split stays gathered from its first forward on; whole on every rank."""
+    units = [] if model is None else [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 class _NothingToReduce:

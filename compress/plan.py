@@ -138,6 +138,9 @@ def _step_memory(
         states = largest // layout.num_ranks * teacher.shape.hidden_size * layout.compute_bytes
         beside["teacher: final states of the whole window"] = states
     memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
+    if config.teacher.whole_window and layout.teacher_runs and layout.num_ranks > 1:
+        whole = num_parameters(teacher, teacher.shape) * layout.compute_bytes
+        memory["the teacher's forward"]["gathered: the teacher's"] = whole
     memory["the loss"]["states that terms compare"] = _compared(config, teacher.shape, student, layout)
     if config.correct.num_tokens is not None:
         own = step_memory(teacher, teacher.shape, replace(layout, teacher_runs=False))

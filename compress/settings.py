@@ -162,7 +162,8 @@ class TeacherConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     mode: TeacherMode = TeacherMode.online
-    whole_window: bool = False  # online: asked about a whole global batch first, gathered once where it is sharded
+    # online: asked about a whole global batch first; where it is sharded, gathered once for that, whole on every rank
+    whole_window: bool = False
 
 
 @dataclass

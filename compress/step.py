@@ -27,7 +27,7 @@ from compress.objectives.chunked import DenseSignal, Signal, SparseSignal, Targe
 from compress.objectives.hidden import Inside
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
-from compress.parallel import ALONE, Ranks
+from compress.parallel import ALONE, Ranks, gathered_once
 from compress.tokens import TokenBatch
 
 
@@ -206,7 +206,7 @@ def accumulate_gradients(
         terms: with the weights and temperatures of this step.
         keep: the final hidden states (N, D) of each micro-batch are appended to it, for `teacher.PreviousSelf`.
         whole_window: the teacher answers everything before the student begins: a sharded one is gathered once for all
-            of it, at the price of as many final hidden states (N, E).
+            of it, at the price of having all of it and as many final hidden states (N, E).
     """
     window = list(micro_batches)
     counts_K, num_tokens = _counts(window, teacher, terms, ranks)
@@ -214,7 +214,10 @@ def accumulate_gradients(
     scales = [t.factor * ranks.size / count if count else 0.0 for t, count in zip(terms, counts_K, strict=True)]
     sums_K = torch.zeros(len(terms), dtype=torch.float64)
     asked = time.perf_counter()
-    signals = [teacher.signal(batch) for batch in window] if whole_window else None
+    signals: list[Signal] | None = None
+    if whole_window:
+        with gathered_once(getattr(teacher, "model", None)):  # of a source that runs one
+            signals = [teacher.signal(batch) for batch in window]
     teacher_seconds = time.perf_counter() - asked
     for index, batch in enumerate(window):
         last = index == len(window) - 1

@@ -22,9 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.common import PeakMemory, anonymous_bytes
 from compress.errors import ArtifactError
 from compress.models import decoder_layers, load_model
+from compress.objectives.terms import Term
 from compress.parallel import device_mesh, shard, shard_frozen
-from compress.step import StudentModule, trunk
+from compress.step import StudentModule, accumulate_gradients, trunk
 from compress.streaming import streamed_model
+from compress.teacher import Teacher
 
 MODELS = [(variant, tied) for variant in VARIANTS for tied in (False, True)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -105,6 +107,28 @@ def test_what_ranks_share_is_together_the_model_that_transformers_loads(
         for variant, tied in models
     ]
     on_ranks(2, _gathered, folders)
+
+
+def _asked(folder: Path) -> None:
+    with device_mesh(None) as (ranks, mesh):
+        model, fill = streamed_model(folder, torch.float32)
+        shard_frozen(model, mesh, fill)
+        teacher, student = Teacher(model), StudentModule(make_model(dtype=torch.float32, seed=1))
+        units, window = len(decoder_layers(model)) + 1, [make_batch(2, 12, seed) for seed in range(3)]
+        found = []
+        for whole_window, gathers in ((False, 3 * units), (True, units)):
+            with torch.profiler.profile() as watched:
+                loss = accumulate_gradients(student, teacher, window, [Term("forward_kl")], ranks, None, whole_window)
+            names = [event.name.partition(" ")[0] for event in watched.events()]
+            assert names.count("FSDP::all_gather") == gathers
+            found.append(loss.loss)
+            assert all(isinstance(parameter, DTensor) for parameter in decoder_layers(model).parameters())
+        assert found[0] == found[1]
+
+
+def test_a_teacher_that_answers_a_whole_window_is_gathered_once(tmp_path: Path) -> None:
+    """A unit is each layer, and the embedding."""
+    on_ranks(2, _asked, save_model(tmp_path / "m", make_model(dtype=torch.float32)))
 
 
 def _measured(folder: Path, into: Path) -> None:
