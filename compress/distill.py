@@ -25,6 +25,7 @@ from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_second, flops_per_token
 from compress.folders import read_model
 from compress.inputs import kept_channels, learned_from, open_cache, start_of
+from compress.lease import check_lease
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, load_model, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
@@ -219,6 +220,7 @@ class _Parts:
     def log(self, row: training_log.Row) -> None:
         """A row of metrics.jsonl, by the first rank alone."""
         if self.ranks.is_main:
+            check_lease(self.metrics.parent)
             training_log.append(self.metrics, row)
 
     @property
@@ -402,8 +404,10 @@ def _stop_signals() -> Iterator[_Stop]:
     stop = _Stop()
 
     def note(number: int, frame: object) -> None:
-        if stop.name:  # a second Ctrl-C means now
+        if number == signal.SIGINT and stop.name == "SIGINT":  # a second Ctrl-C means now
             raise KeyboardInterrupt
+        if stop.name:  # Slurm and torchrun both send what a job is sent
+            return
         stop.name = signal.Signals(number).name
         log.warning("%s: finishing this step, then saving", stop.name)
 

@@ -23,13 +23,13 @@ from compress.artifacts import (
     fingerprint,
     fingerprint_path,
     read_json,
-    run_lock,
     write_json,
 )
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.folders import tokenizer_fingerprint
 from compress.inputs import teacher_of
+from compress.lease import TakenOver, check_lease, run_lock
 from compress.parallel import launched
 from compress.phases import phase_settings
 from compress.progress import about
@@ -71,6 +71,9 @@ def books(
         (folder / ERROR).unlink(missing_ok=True)
         try:
             yield True
+            check_lease(folder)
+        except TakenOver:
+            raise  # even a note of it would be a write
         except CompressError as error:
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})

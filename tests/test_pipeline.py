@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compress import checkpoint, pipeline
-from compress.artifacts import fingerprint_path, run_lock
+from compress.artifacts import fingerprint_path
 from compress.config import load_config
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.families import FAMILIES
+from compress.lease import run_lock
 from compress.models import load_model
 from compress.pipeline import STAGES
 from compress.settings import CompressConfig, JobsConfig, Stage, set_name
