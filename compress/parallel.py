@@ -166,9 +166,8 @@ def refuse_several_ranks(what: str = "this stage") -> None:
         )
 
 
-def check_layout(shard_ranks: int | None) -> int:
-    """How many of the launched ranks share a model. Raises ConfigError where the others can't be copies of those."""
-    world = launched().size
+def check_layout(shard_ranks: int | None, world: int) -> int:
+    """How many of `world` ranks share a model. Raises ConfigError where the others can't be copies of those."""
     share = world if shard_ranks is None else shard_ranks
     if world % share:
         legal = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
@@ -183,7 +182,7 @@ def check_layout(shard_ranks: int | None) -> int:
 def device_mesh(shard_ranks: int | None) -> Iterator[tuple[Ranks, DeviceMesh]]:
     """The launched ranks, which can talk to each other inside the block, and their mesh: (shard,), or (replicate,
     shard) where a model is shared by some of them only. One process needs no launcher."""
-    share = check_layout(shard_ranks)
+    share = check_layout(shard_ranks, launched().size)
     if launched().size == 1:
         with single_process_mesh() as mesh:
             yield ALONE, mesh

@@ -55,6 +55,7 @@ from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
 from compress.training_rules import check_ranks
+from compress.watchdog import watching
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = run_dir_of(config)
-    if config.stage is Stage.distill:
-        check_layout(config.cluster.shard_ranks)
+    if config.stage in (Stage.all, Stage.distill) and Stage.distill in chosen_stages(config):
+        check_layout(config.cluster.shard_ranks, launched().size)
         check_ranks(config, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
@@ -92,7 +93,7 @@ def run(config: CompressConfig) -> None:
         if table is not None:
             _print(table)
         return
-    with joined() as ranks:
+    with joined() as ranks, watching(config.cluster.stall_seconds if ranks.size > 1 else None):
         check_agreement(config, run_dir, ranks)
         _run_stages(config, run_dir)
 

@@ -34,7 +34,7 @@ from compress.settings import (
 )
 from compress.training_rules import check_training, is_positive
 
-_JOB_COUNTS = ("num_nodes", "ranks_per_node", "cpus")
+_JOB_COUNTS = ("num_nodes", "ranks_per_node", "cpus", "submissions")
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
 
@@ -77,7 +77,7 @@ _RULES: tuple[_Rule, ...] = (
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
         "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
-        "cluster.price_per_gpu_hour correct.learning_rate",
+        "cluster.price_per_gpu_hour cluster.stall_seconds correct.learning_rate",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio correct.min_gain"),

@@ -349,6 +349,7 @@ class JobConfig:
     time: str | None = None  # as sbatch takes it, such as 1-12:00:00
     cpus: int | None = None  # of a node; none = the site's default
     memory: str | None = None  # of a node, such as 64G
+    submissions: int = 1  # jobs in a row that share the work, where a site allows no requeue; 1 = one that is requeued
 
 
 @dataclass
@@ -374,6 +375,7 @@ class ClusterConfig:
     ranks_per_node: int = 1  # processes of a distributed stage
     time: str = "04:00:00"  # of a job, as sbatch takes it
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    stall_seconds: float | None = 1800.0  # without progress, after which one of several ranks ends; none = never
     shard_ranks: int | None = None  # that share a model (FSDP2); further ones hold copies (HSDP); none = all
     gpus_per_node: int = 0  # 0 = the CPU trains
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine

@@ -23,6 +23,7 @@ from distributed import torchrun
 
 from compress import checkpoint, pipeline
 from compress.config import load_config
+from compress.errors import ConfigError
 from compress.models import load_model
 from compress.training import load_trained
 
@@ -127,17 +128,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
 ) -> None:
     whole = train(2, Path(shutil.copytree(upstream, tmp_path / "whole")), cache)
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        started = subprocess.Popen(
-            [*command, *settings_of(run_dir, cache)], cwd=tmp_path, env=environment(), stdout=file, stderr=file
-        )
-    until = time.monotonic() + 150
-    while not checkpoint.steps(run_dir / "distill" / "checkpoints"):
-        assert time.monotonic() < until, log.read_text()[-3000:]
-        assert started.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.02)
+    started, _ = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log")
     os.kill(_ranks(started.pid)[victim], signal.SIGKILL)
     assert started.wait(120) != 0
     assert not (run_dir / "distill" / "manifest.json").exists()
@@ -145,6 +136,39 @@ def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
     assert losses(run_dir) == losses(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(run_dir)[name], weight), name
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_all_and_the_others_say_where_they_waited(
+    upstream: Path, alone: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
+    started, log = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log", "cluster.stall_seconds=10")
+    os.kill(_ranks(started.pid)[1], signal.SIGSTOP)
+    assert started.wait(120) != 0
+    said = log.read_text()
+    assert "Timeout (0:00:10)!" in said
+    assert "in accumulate_gradients" in said or "in any" in said or "in save" in said, said[-3000:]
+    train(2, run_dir, cache)
+    assert_same_training(run_dir, alone)
+
+
+def start_and_wait_for_a_step(
+    run_dir: Path, cache: Path, log: Path, *settings: str
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """A training on two ranks that has committed a step, and its log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
+    with log.open("wb") as file:
+        started = subprocess.Popen(
+            [*command, *settings_of(run_dir, cache, *settings)],
+            cwd=log.parent, env=environment(), stdout=file, stderr=file,
+        )  # fmt: skip
+    until = time.monotonic() + 150
+    while not checkpoint.steps(run_dir / "distill" / "checkpoints"):
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        assert started.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    return started, log
 
 
 def _ranks(launcher: int) -> list[int]:
@@ -177,3 +201,9 @@ def test_a_layout_that_cannot_be_is_refused(
     with pytest.raises(Exception, match=re.escape(said)):
         pipeline.run(load_config(*settings_of(tmp_path / "run", cache, *settings)))
     assert not (tmp_path / "run" / "distill").exists()
+
+
+def test_a_layout_of_more_ranks_is_refused_before_a_whole_run_in_one_process(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.shard_ranks=3 must divide WORLD_SIZE=1"):
+        pipeline.run(load_config(*settings_of(tmp_path / "run", cache, "stage=all", "cluster.shard_ranks=3")))
+    assert not (tmp_path / "run").exists()

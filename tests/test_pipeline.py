@@ -79,7 +79,14 @@ def test_a_first_run_makes_every_stage_and_a_second_skips_every_one(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-ASKED = {"num_nodes": "2", "ranks_per_node": "2", "time": "30", "cpus": "4", "memory": "8G"}  # of a job
+ASKED = {
+    "num_nodes": "2",
+    "ranks_per_node": "2",
+    "time": "30",
+    "cpus": "4",
+    "memory": "8G",
+    "submissions": "2",
+}  # of a job
 OUTSIDE = {
     "data.workers": "2",
     "score.compile": "true",
@@ -107,6 +114,7 @@ OUTSIDE = {
     "cluster.price_per_gpu_hour": "2.5",
     "cluster.ranks_per_node": "2",
     "cluster.shard_ranks": "1",
+    "cluster.stall_seconds": "60",
     "cluster.time": "30",
     **{f"cluster.jobs.{job.name}.{key}": value
        for job in dataclasses.fields(JobsConfig) for key, value in ASKED.items()},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ pytestmark = [
 ]
 STEPS = 12
 PATH = f"{Path(sys.executable).parent}:{PATHS}"  # where `python` is this one
+VARIABLES = {"PATH": PATH, "COMPRESS_GRACE": "60", "OMP_NUM_THREADS": "1"}
 SETTINGS = [
     *FAST, f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
     "compute_dtype=float32", "distill.checkpoint_steps=2", "threads=1", "cluster.time=5",
@@ -45,12 +48,14 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def command(run_dir: Path, cache: Path, *settings: str) -> list[str]:
+    place = [f"run_dir={run_dir}", f"cache_dir={cache}"]
+    return [str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, *place, *settings]
+
+
 def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str) -> dict[str, str]:
     """The job of each stage."""
-    said = cluster.run(
-        str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, f"run_dir={run_dir}", f"cache_dir={cache}", *settings,
-        PATH=PATH, COMPRESS_GRACE="60", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    said = cluster.run(*command(run_dir, cache, *settings), **VARIABLES)
     return dict(line.split() for line in said.splitlines())
 
 
@@ -129,6 +134,78 @@ def test_a_disturbed_training_ends_in_the_same_weights(
     if kind == "power":
         cluster.power_on(node)
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_try_that_slurm_lost_sight_of_is_fenced_off(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The network of its only node is cut while it trains; it stands still, and wakes when the next try is at work."""
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    on_one_node = ("cluster.jobs.distill.num_nodes=1", "cluster.jobs.distill.ranks_per_node=2")
+    jobs = submit(cluster, run_dir, cache, "until=export", *on_one_node)
+    job = jobs["distill"]
+    wait_for_step(cluster, run_dir, job)
+    node, stale = _last_node(cluster, job), cluster.processes(job)
+    assert len(stale) == 2
+    for process in stale:
+        os.kill(process, signal.SIGSTOP)
+    cluster.cut(node)
+    try:
+        cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
+        lease = run_dir / ".distill.lease"
+        cluster.wait(lambda: json.loads(lease.read_text())["try"] == [0, 1], 120, "second writer")
+        assert set(stale) <= set(cluster.processes(job)), "the first try is still there"
+        for process in stale:
+            os.kill(process, signal.SIGCONT)
+        cluster.wait(lambda: not set(stale) & set(cluster.processes(job)), 60, "end of the first try")
+    finally:
+        cluster.heal(node)
+    assert "a later try; nothing more is written here" in say(run_dir)
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+    rows = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_a_requeue_in_the_middle_of_a_checkpoint_costs_only_that_checkpoint(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    jobs = submit(cluster, run_dir, cache, "until=export", "distill.checkpoint_steps=1")
+    job, folder = jobs["distill"], run_dir / "distill" / "checkpoints"
+    wait_for_step(cluster, run_dir, job)
+    until, [first] = time.monotonic() + 60, cluster.processes(job, rank=0)
+    while True:  # stopped between the first and the last file of a checkpoint
+        assert time.monotonic() < until
+        if list(folder.glob(".step_*.tmp-*")):
+            os.kill(first, signal.SIGSTOP)
+            if left := list(folder.glob(".step_*.tmp-*")):
+                break
+            os.kill(first, signal.SIGCONT)
+    before = checkpoint.steps(folder)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert int(left[0].name.split("_")[1].split(".")[0]) == before[-1] + 1
+    assert not left[0].exists()
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_chain_of_submissions_ends_in_the_same_weights_where_requeue_is_not_allowed(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    said = cluster.run(*command(run_dir, cache, "until=export", "cluster.jobs.distill.submissions=3"), **VARIABLES)
+    chain = [line.split()[1] for line in said.splitlines() if line.startswith("distill ")]
+    export = said.split()[-1]
+    assert len(chain) == 3
+    wait_for_step(cluster, run_dir, chain[0])
+    cluster.run("scancel", "--batch", "--signal=USR1", chain[0])
+    assert cluster.finished(chain[0], 120) == "FAILED", "never COMPLETED when not done"
+    assert cluster.finished(export, 300) == "COMPLETED", say(run_dir)
+    assert [cluster.state(job) for job in chain[1:]] == ["COMPLETED", "COMPLETED"]
+    assert [cluster.facts(job)["Restarts"] for job in chain] == ["0", "0", "0"]
     assert_same_weights(run_dir, undisturbed)
 
 
