@@ -92,7 +92,7 @@ def sweep_of(settings: Sequence[str]) -> list[list[str]]:
     runs = []
     for chosen in itertools.product(*values):
         swept = [one for one, found in zip(chosen, values, strict=True) if len(found) > 1]
-        name = re.sub(r"[^\w.=,+-]+", "_", ",".join(swept))
+        name = "_".join(re.sub(r"[^\w.+-]+", "-", one) for one in swept)  # what neither Hydra nor sbatch reads anew
         run = [*chosen, f"{folders[-1]}/{name}"]
         jobs_of(load_config(*run))
         runs.append(run)

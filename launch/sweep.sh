@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit a run for every combination of values, each a chain of jobs of its own in RUN_DIR/KEY=VALUE,...:
+# Submit a run for every combination of values, each a chain of jobs of its own in RUN_DIR/KEY-VALUE_...:
 #
 #     launch/sweep.sh [--dry-run] recipe=NAME run_dir=/lustre/me/sweep prune.hidden_size=432,576 distill.learning_rate=1e-4,2e-4
 #

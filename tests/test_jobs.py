@@ -83,7 +83,7 @@ def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_pat
     place = (*FAST, "until=prune", f"run_dir={tmp_path}/sweep")
     done = pipeline("--dry-run", *place, "prune.hidden_size=32,48", "seed=choice(1,2)", script="sweep.sh")
     names = [line.partition("sweep/")[2] for line in done.stdout.splitlines() if line.startswith("# run_dir=")]
-    assert names == [f"prune.hidden_size={size},seed={seed}" for size in (32, 48) for seed in (1, 2)], done.stderr
+    assert names == [f"prune.hidden_size-{size}_seed-{seed}" for size in (32, 48) for seed in (1, 2)], done.stderr
     submitted = [line for line in done.stdout.splitlines() if line.startswith("sbatch")]
     assert len(submitted) == 4 * 3
     assert "prune.hidden_size=48" in submitted[-1]
