@@ -417,4 +417,6 @@ def _stop_signals() -> Iterator[_Stop]:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # Asked to end, it must get there: what is sent once more by Slurm or torchrun would kill it on its way.
+            ending = bool(stop.name) and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler)
