@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FAST, REPOSITORY, Command, Run, environment
+from conftest import FAKETIME, FAST, REPOSITORY, Command, Run, environment, needs_faketime
 from distributed import free_port, torchrun
 
 from compress.artifacts import fingerprint_path
@@ -24,8 +24,6 @@ from compress.errors import CompressError, ConfigError
 from compress.fitness import CHECKS, Line, Subject, Verdict, accelerator, attention
 from compress.parallel import available_bytes
 from compress.plan import needs
-
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 def subject(cache: Path, run_dir: Path, *settings: str, ranks: int = 1) -> Subject:
@@ -290,7 +288,7 @@ def test_fit_ranks_of_torchrun_pass(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime isn't installed (Debian's package libfaketime)")
+@needs_faketime
 @pytest.mark.parametrize(("seconds", "verdict"), [(-3, "warn"), (90, "fail")])
 def test_a_node_whose_clock_is_off_is_named(seconds: int, verdict: str, cache: Path, tmp_path: Path) -> None:
     off = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{seconds:+}", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
