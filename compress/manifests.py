@@ -61,7 +61,7 @@ def books(
             yield False
             return
         log.info("%s: starting", stage)
-        began = time.time()
+        began = time.monotonic()
         write_json(folder / STARTED, expected)
         kept = checkpoint.steps(folder / entry.checkpoints)
         before = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
@@ -84,7 +84,7 @@ def books(
                 if before is not None:  # the appended phases failed at once: what there was is done as it was
                     write_json(folder / MANIFEST, before)
             raise
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         manifest = {**expected, "seconds": seconds, "versions": versions(), "config": plain_settings(config)}
         write_json(folder / MANIFEST, manifest)
         (folder / STARTED).unlink(missing_ok=True)

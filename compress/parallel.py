@@ -14,9 +14,11 @@ import math
 import os
 import resource
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compress.attention import blocks_are_faster, use_blocked_attention
-from compress.errors import ConfigError
+from compress.errors import ConfigError, DistributedError
 from compress.models import decoder_layers
 
 log = logging.getLogger(__name__)
@@ -142,13 +144,66 @@ def launched() -> Ranks:
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def check_interface(variable: str) -> None:
+    """Raise DistributedError where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME asks for an interface that isn't here.
+
+    gloo takes names, commas between them. NCCL takes beginnings of names, of which one has to fit: = before them makes
+    them whole names, ^ before that leaves them out.
+    """
+    asked, there = os.environ.get(variable, ""), [name for _, name in socket.if_nameindex()]
+    if variable == "GLOO_SOCKET_IFNAME":
+        absent = [name for name in asked.split(",") if asked and name not in there]
+    else:
+        listed = asked.removeprefix("^")
+        words = [word.partition(":")[0] for word in listed.removeprefix("=").split(",") if word]
+        exact = listed.startswith("=")
+        fitting = [name for name in there if any(name == w if exact else name.startswith(w) for w in words)]
+        left = [name for name in there if name not in fitting] if asked.startswith("^") else fitting
+        absent = [asked] if words and not left else []
+    if absent:
+        raise DistributedError(
+            f"{variable}={asked}: no network interface here fits {' or '.join(absent)}; there are {', '.join(there)}. "
+            "Name one that joins the nodes (launch/env.sh), or leave the variable out"
+        )
+
+
+def meet(patience: timedelta = dist.default_pg_timeout) -> dist.Store:
+    """Where the launched ranks leave word for each other. Raises DistributedError where they don't find together."""
+    port = os.environ.get("MASTER_PORT")
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise DistributedError(
+                f"MASTER_PORT={port} is in use on this node, the first rank's; give another one, such as "
+                f"MASTER_PORT={int(port or 0) + 1} (torchrun: --master-port), or end the process that listens there"
+            ) from error
+        ranks = launched()
+        raise DistributedError(
+            f"rank {ranks.rank} of {ranks.size} found no way to the first one, MASTER_ADDR="
+            f"{os.environ.get('MASTER_ADDR')} MASTER_PORT={port} ({reason}); start all ranks by torchrun, or set both "
+            "on every node, and see that this address and port can be reached from it"
+        ) from error
+    return store
+
+
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """The launched ranks, which can talk to each other (gloo) inside the block."""
+def joined(store: dist.Store | None = None) -> Iterator[Ranks]:
+    """The launched ranks, which can talk to each other (gloo) inside the block. `store`: that they have met in."""
     ranks = launched()
     own = ranks.size > 1 and not dist.is_initialized()
     if own:
-        dist.init_process_group("gloo")
+        check_interface("GLOO_SOCKET_IFNAME")
+        try:
+            dist.init_process_group(
+                "gloo", store=meet() if store is None else store, rank=ranks.rank, world_size=ranks.size
+            )
+        except RuntimeError as error:
+            raise DistributedError(
+                f"rank {ranks.rank} of {ranks.size} can't talk to the others by gloo ({str(error).splitlines()[0]}); "
+                "if a rank ended, its own message says why; else name the network in GLOO_SOCKET_IFNAME (launch/env.sh)"
+            ) from error
     try:
         yield ranks
     finally:
@@ -199,6 +254,7 @@ def single_process_mesh() -> Iterator[DeviceMesh]:
     refuse_several_ranks()
     own = not dist.is_initialized()
     if own:
+        check_interface("GLOO_SOCKET_IFNAME")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))

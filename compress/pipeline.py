@@ -17,6 +17,7 @@ from rich.table import Table
 from compress import (
     cache,
     distill,
+    doctor,
     evaluate,
     export,
     plan,
@@ -84,6 +85,9 @@ def run(config: CompressConfig) -> None:
         return
     if config.stage is Stage.plan:
         _print_all(plan.run(config))
+        return
+    if config.stage is Stage.doctor:
+        doctor.run(config, run_dir)
         return
     if config.stage not in (Stage.score, Stage.distill):
         refuse_several_ranks(f"stage={config.stage}")
@@ -185,7 +189,7 @@ def _run_rounds(config: CompressConfig) -> None:
     """The rounds one after the other, each a run of its own in run_dir/round_N, over the same tokens."""
     numbers = list(range(1, len(config.rounds) + 1))
     chosen = numbers if config.round is None else [config.round]
-    if config.stage is Stage.selftest:
+    if config.stage in (Stage.selftest, Stage.doctor):
         run(round_config(config, chosen[0]))
         return
     if config.stage in (Stage.plan, Stage.status):
@@ -218,7 +222,7 @@ def _run_siblings(config: CompressConfig) -> None:
     """The siblings up to prune one after the other, distill together, then each to its end; tokens and score once."""
     members = [sibling_config(config, sibling.name) for sibling in config.siblings]
     if config.stage is not Stage.all:
-        for one in members[:1] if config.stage is Stage.selftest else members:
+        for one in members[:1] if config.stage in (Stage.selftest, Stage.doctor) else members:
             run(one)
         return
     order = [Stage.tokenize, Stage.score, Stage.search, Stage.prune]

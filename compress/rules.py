@@ -34,6 +34,7 @@ from compress.settings import (
 )
 from compress.training_rules import check_training, is_positive
 
+_BESIDE = (Stage.plan, Stage.status, Stage.selftest, Stage.doctor)  # what is asked of a run, beside its own stages
 _JOB_COUNTS = ("num_nodes", "ranks_per_node", "cpus", "submissions")
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
@@ -112,7 +113,7 @@ def check(config: CompressConfig) -> None:
             value = operator.attrgetter(key)(config)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value} {text}")
-    if config.until in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
+    if config.until in (Stage.all, *_BESIDE):
         raise ConfigError(
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
@@ -230,7 +231,7 @@ def _check_siblings(config: CompressConfig) -> None:
             "prune.*, distill.init_from and export.step belong to a single student; give prune inside of siblings, or "
             "set siblings=[]"
         )
-    if config.stage not in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
+    if config.stage not in (Stage.all, *_BESIDE):
         raise ConfigError(
             f"stage={config.stage}: siblings run all their stages, those that are done skipped; leave it out, or stop "
             "after one with until="

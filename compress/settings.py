@@ -32,6 +32,7 @@ class Stage(StrEnum):
     plan = "plan"
     status = "status"
     selftest = "selftest"
+    doctor = "doctor"
 
 
 class LossOn(StrEnum):
