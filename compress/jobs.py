@@ -12,10 +12,8 @@ from pathlib import Path
 from compress.config import load_config
 from compress.errors import CompressError, ConfigError
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
-from compress.stages import chosen_stages, run_dir_of
+from compress.stages import ON_RANKS, chosen_stages, run_dir_of
 from compress.training_rules import check_ranks
-
-ON_RANKS = (Stage.score, Stage.distill)  # the others are one process
 
 
 @dataclass(frozen=True)

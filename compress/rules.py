@@ -79,7 +79,7 @@ _RULES: tuple[_Rule, ...] = (
         "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
         "cluster.price_per_gpu_hour correct.learning_rate",
     ),
-    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
+    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay distill.balance_loss"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio correct.min_gain"),
     (
         lambda v: 0 <= v < 1,

@@ -50,6 +50,7 @@ from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
 from compress.teacher import RecordedTeacher, Teacher
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 from compress.training import (
+    balance_of,
     load_trained,
     micro_batches,
     optimizer_of,
@@ -298,17 +299,20 @@ def _trained(
     with kept_memory(), single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)
         module = StudentModule(model).train()
+        balance = balance_of(module, settings)
         shard(module, decoder_layers(model), mesh, teacher.model.dtype)
         optimizer = optimizer_of(module, settings)
-        start = int(resume(folder, module, optimizer).get("step", 0))
+        start = int(resume(folder, module, optimizer, balance=balance).get("step", 0))
         for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
             indices = order.indices(step * batch_size, (step + 1) * batch_size)
             window = micro_batches(data, indices, settings.micro_batch_size)
-            loss = accumulate_gradients(module, teacher, window, terms).loss
+            loss = accumulate_gradients(module, teacher, window, terms, balance=balance).loss
             factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
             if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
                 return None
-        checkpoint.save(folder, stop, training_state(module, optimizer), {"tokens": num_tokens}, keep=1)
+        checkpoint.save(
+            folder, stop, training_state(module, optimizer, balance=balance), {"tokens": num_tokens}, keep=1
+        )
     plain = load_model(student, torch.float32, trust)
     load_trained(folder / f"step_{stop:08d}", plain)
     cast_weights(plain, teacher.model.dtype)

@@ -41,7 +41,7 @@ class StageEntry:
 _TRAINING = (
     "num_tokens phases global_batch_size objectives optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
     "learning_rate_curve decay_share "
-    "warmup_steps compile stop_slope ema_decay weight_decay beta1 beta2 epsilon max_gradient_norm"
+    "warmup_steps compile stop_slope ema_decay weight_decay balance_loss beta1 beta2 epsilon max_gradient_norm"
 )
 TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
 _LATER = "num_tokens phases stop_slope ema_decay min_learning_rate_ratio compile"  # not of a candidate's training
@@ -105,6 +105,9 @@ STAGES: dict[Stage, StageEntry] = {
         evaluate.folder_name,
     ),
 }  # fmt: skip
+
+
+ON_RANKS = (Stage.score, Stage.distill, Stage.evaluate)  # the others are one process
 
 
 def chosen_stages(config: CompressConfig) -> list[Stage]:
