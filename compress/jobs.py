@@ -13,7 +13,7 @@ from compress.config import load_config
 from compress.errors import CompressError, ConfigError
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
 from compress.stages import ON_RANKS, chosen_stages, run_dir_of
-from compress.training_rules import check_ranks
+from compress.training_rules import check_ranks, check_search_ranks
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def jobs_of(config: CompressConfig) -> list[Job]:
             )
         if stage is Stage.distill:
             check_ranks(config, nodes * ranks)
+        if stage is Stage.search:
+            check_search_ranks(config, nodes * ranks)
         found.append(Job(stage, nodes, ranks, asked.time or config.cluster.time, asked.cpus, asked.memory))
     return found
 

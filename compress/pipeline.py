@@ -54,7 +54,7 @@ from compress.signals import check_student
 from compress.stages import ON_RANKS, STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
-from compress.training_rules import check_ranks
+from compress.training_rules import check_ranks, check_search_ranks
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,9 @@ def run(config: CompressConfig) -> None:
     if config.stage is Stage.distill:
         check_layout(config.cluster.shard_ranks)
         check_ranks(config, launched().size)
+    if config.stage is Stage.search:
+        check_layout(config.cluster.shard_ranks)
+        check_search_ranks(config, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:

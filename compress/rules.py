@@ -271,6 +271,7 @@ def correction_config(config: CompressConfig, teacher: str, phases: int = 2) -> 
         objectives=[TermConfig(ObjectiveName.cross_entropy)],
         optimizer=Optimizer.adamw,
         learning_rate=settings.learning_rate,
+        balance_loss=0.0,
         ema_decay=None,
         keep_best=False,
         validate_steps=None,

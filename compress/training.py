@@ -143,8 +143,16 @@ def optimizer_of(student: nn.Module, settings: DistillConfig) -> LocalOptimizer:
 
 
 def balance_of(student: StudentModule, settings: DistillConfig) -> Balance | None:
-    """The balance loss, where it is asked for; to be made before the student is sharded or resumed."""
-    return Balance(settings.balance_loss, student.routers) if settings.balance_loss and student.routers else None
+    """The balance loss, where it is asked for. Raises ConfigError for a student without routers as transformers has
+    them."""
+    if not settings.balance_loss:
+        return None
+    if not student.routers:
+        raise ConfigError(
+            f"distill.balance_loss={settings.balance_loss} needs routers whose choices can be counted, and the student "
+            f"(model_type={student.model.config.model_type}) has none; set distill.balance_loss=0"
+        )
+    return Balance(settings.balance_loss, student.routers)
 
 
 def training_state(
