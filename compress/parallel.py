@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from compress.attention import blocks_are_faster, use_blocked_attention
 from compress.errors import ConfigError, DistributedError
 from compress.models import decoder_layers
+from compress.routing import routers_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,6 +112,17 @@ class Ranks:
             [part.view(tensor.shape) for part, tensor in zip(one.split(sizes), tensors, strict=True)]
             for one in everyones
         ]
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """A row of what was found for each item that `mine` dealt out, of all ranks, in the items' order; float64.
+
+        Added up they are what one process finds, bit for bit.
+        """
+        counts = [int(found) for [found] in self.gather([torch.tensor(len(rows))])]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyones = [found for [found] in self.gather([padded])]
+        return torch.stack(everyones, 1).flatten(0, 1)[: sum(counts)]
 
     def agree(self, text: str) -> str:
         """The first rank's answer, on every rank; at most 64 ASCII characters."""
@@ -216,8 +228,8 @@ def refuse_several_ranks(what: str = "this stage") -> None:
     world = launched().size
     if world > 1:
         raise ConfigError(
-            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score and stage=distill in "
-            "several; start it without torchrun, or with 1 rank"
+            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score, stage=search, "
+            "stage=distill and stage=evaluate in several; start it without torchrun, or with 1 rank"
         )
 
 
@@ -287,21 +299,26 @@ def compile_layers(model: PreTrainedModel) -> None:
 def shard(step_module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """FSDP2 in place: one unit per decoder layer, the rest (embedding, norm, head) with the root.
 
-    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32.
+    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32. The
+    routers of a mixture are units of their own, which the compute dtype doesn't concern.
     """
     mixed = compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
     )
+    routers = routers_of(step_module) if mixed else []
+    for router in routers:
+        fully_shard(router, mesh=mesh, reshard_after_forward=False)
     # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if mesh.size() == 1:
-        layered = {parameter for layer in layers for parameter in layer.parameters()}
-        outside = [parameter for parameter in step_module.parameters() if parameter not in layered]
-        units: list[tuple[Any, list[nn.Parameter]]] = [(layer, list(layer.parameters())) for layer in layers]
-        for unit, parameters in [*units, (step_module, outside)]:
+        taken: set[nn.Parameter] = set()
+        units: list[Any] = [*routers, *layers, step_module]
+        for unit in units:
+            parameters = [parameter for parameter in unit.parameters() if parameter not in taken]
+            taken.update(parameters)
             if hasattr(unit, "set_custom_reduce_scatter"):
                 unit.set_custom_reduce_scatter(_NothingToReduce(parameters))
 

@@ -52,10 +52,10 @@ from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
 from compress.signals import check_student
-from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
+from compress.stages import ON_RANKS, STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
-from compress.training_rules import check_ranks
+from compress.training_rules import check_ranks, check_search_ranks
 from compress.watchdog import watching
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,9 @@ def run(config: CompressConfig) -> None:
     if config.stage in (Stage.all, Stage.distill) and Stage.distill in chosen_stages(config):
         check_layout(config.cluster.shard_ranks, launched().size)
         check_ranks(config, launched().size)
+    if config.stage is Stage.search:
+        check_layout(config.cluster.shard_ranks, launched().size)
+        check_search_ranks(config, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:
@@ -89,7 +92,7 @@ def run(config: CompressConfig) -> None:
     if config.stage is Stage.doctor:
         doctor.run(config, run_dir)
         return
-    if config.stage not in (Stage.score, Stage.distill):
+    if config.stage not in ON_RANKS:
         refuse_several_ranks(f"stage={config.stage}")
     if config.stage is Stage.selftest:
         _print(selftest.run(config))
@@ -123,6 +126,8 @@ def _run_stages(config: CompressConfig, run_dir: Path) -> None:
     for stage in todo:
         if stage is not Stage.tokenize:
             run_stage(config, run_dir, stage, expected)
+    if not launched().is_main:
+        return
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
     elif chosen[-1] is Stage.prune:
@@ -295,6 +300,14 @@ def _check_models(config: CompressConfig) -> None:
             raise ConfigError(
                 f"distill.objectives[{number}].k={k} must be within 1 and vocab_size={vocabulary} of the teacher "
                 f"{teacher}; set it lower"
+            )
+    if config.distill.balance_loss:
+        elsewhere = config.distill.init_from
+        found = read_config(Path(elsewhere).expanduser() if elsewhere else source_of(config), trust)
+        if not found.shape.num_experts:
+            raise ConfigError(
+                f"distill.balance_loss={config.distill.balance_loss} balances the load of experts, and a "
+                f"{found.family.title} model has none; set distill.balance_loss=0"
             )
     if needs_hidden_states(config.distill.objectives):
         check_terms(config.distill.objectives, *_known_of(config))

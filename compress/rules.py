@@ -80,7 +80,7 @@ _RULES: tuple[_Rule, ...] = (
         "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
         "cluster.price_per_gpu_hour cluster.stall_seconds correct.learning_rate",
     ),
-    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
+    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay distill.balance_loss"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio correct.min_gain"),
     (
         lambda v: 0 <= v < 1,
@@ -272,6 +272,7 @@ def correction_config(config: CompressConfig, teacher: str, phases: int = 2) -> 
         objectives=[TermConfig(ObjectiveName.cross_entropy)],
         optimizer=Optimizer.adamw,
         learning_rate=settings.learning_rate,
+        balance_loss=0.0,
         ema_decay=None,
         keep_best=False,
         validate_steps=None,

@@ -307,6 +307,7 @@ class DistillConfig:
     decay_share: float = 0.2  # of all steps, the decay at the end of a wsd curve
     warmup_steps: int = 8
     weight_decay: float = 0.0
+    balance_loss: float = 0.0  # weight of the load balancing loss of a mixture's experts (compress/routing.py)
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8

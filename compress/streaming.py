@@ -25,6 +25,7 @@ from compress.architecture import ModelInfo, config_layer_types, layer_of, renum
 from compress.artifacts import open_tensors, save_tensors
 from compress.errors import ArtifactError
 from compress.models import decoder_layers, soft_cap_
+from compress.routing import in_float32
 from compress.slicing import largest_layer_bytes
 from compress.step import packed_masks
 from compress.tokens import TokenBatch
@@ -82,6 +83,7 @@ class LayerStream:
         wrong = [*missing, *map(str, facts["unexpected_keys"]), *map(str, facts["mismatched_keys"])]
         if wrong:
             raise ArtifactError(f"{self.info.folder}: layer {number} doesn't load: {wrong[:3]}; fetch or make it again")
+        in_float32(model)
         return model.eval().requires_grad_(False)
 
     def let_go(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FAKETIME, FAST, _run, arguments, environment, needs_faketime
+from conftest import FAKETIME, _run, arguments, environment, needs_faketime
 
 from compress import checkpoint
 
@@ -91,7 +91,8 @@ def test_a_clock_that_jumps_changes_neither_the_weights_nor_what_is_gone_on_from
 
     status = subprocess.run(
         arguments(cache, finished, *SETTINGS, "stage=status"),
-        env=environment() | {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "-1d"}, capture_output=True, text=True, check=True,
+        env=environment() | {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "-1d"},
+        capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     words = " ".join(re.sub("[│┃]", " ", status).split())
     assert re.search(rf"step {kept[-1]} of {STEPS}, loss \d\.\d+, about \d+ s left", words), status

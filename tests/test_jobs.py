@@ -24,7 +24,7 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
     usual = (1, 1, "04:00:00")
     assert asked == {
         "tokenize": usual, "score": (1, 2, "04:00:00"), "prune": usual, "distill": (2, 2, "1-00:00:00"),
-        "export": usual, "evaluate": usual,
+        "export": usual, "evaluate": (2, 2, "04:00:00"),
     }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_a_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
     assert "--dependency" not in lines[0]
     for before, line in zip(("TOKENIZE", "SCORE", "PRUNE", "DISTILL", "EXPORT"), lines[1:], strict=True):
         assert f"--dependency=afterok:ID_OF_{before} --kill-on-invalid-dep=yes" in line
-    assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, False]
+    assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, True]
     assert not (tmp_path / "run").exists()
 
 
