@@ -128,8 +128,8 @@ def report(nodes: Mapping[str, Mapping[str, Line]], together: Mapping[str, Line]
             finders.setdefault(lines[check], []).append(node)
         for line, who in finders.items():
             where = "" if len(nodes) == 1 else "every node: " if len(who) == len(nodes) else f"{', '.join(who)}: "
-            found.append(f"{line.verdict}  {check:<18}  {where}{line.text}")
-    found += [f"{line.verdict}  {check:<18}  all ranks: {line.text}" for check, line in together.items()]
+            found.append(f"{line.verdict}  {check:<20}  {where}{line.text}")
+    found += [f"{line.verdict}  {check:<20}  all ranks: {line.text}" for check, line in together.items()]
     if len(nodes) > 1 and not together:
         found.append("what needs all ranks wasn't tried; mend the above first")
     return found

@@ -161,7 +161,8 @@ def test_a_try_that_slurm_lost_sight_of_is_fenced_off(
         cluster.wait(lambda: not set(stale) & set(cluster.processes(job)), 60, "end of the first try")
     finally:
         cluster.heal(node)
-    assert "a later try; nothing more is written here" in say(run_dir)
+    logs = "".join(log.read_text() for log in (run_dir / "logs").glob(f"*-{job}.0.*"))
+    assert "a later try; nothing more is written here" in logs, logs
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
     assert_same_weights(run_dir, undisturbed)
     rows = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
