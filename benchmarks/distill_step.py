@@ -1,7 +1,7 @@
 """A distillation step: this project, a plain full-logits loop, TRL 1.16's GKDTrainer and ModelOpt 0.47's KDTrainer.
 
     python -m benchmarks.distill_step            # from the repository's root, on a machine with nothing else; 15 min
-    python -m benchmarks.distill_step --steps 2 --row 1  # does it run
+    python -m benchmarks.distill_step --steps 2  # does it run
 
 Teacher SmolLM2-135M-Instruct (bf16), student its first 20 layers (99.1 M parameters, fp32 master weights), 4 sequences
 of 512 tokens a step, bf16 compute, forward KL at temperature 1, gradient clipping at 1, AdamW, 2 threads, glibc's huge
@@ -17,9 +17,8 @@ carry loss for everybody. The contenders:
             own under the cache folder, made at the first run
     modelopt  KDTrainer, logits alone at temperature 1, the same way
 
-Each runs in a process of its own, three at a time, and they take turns, in a rotating order, so that a disturbance meets
-all of them. A turn is several steps in a row, as training has them: a step after half a minute of others' work takes a
-sixth longer (`--row 1`). Speeds are medians over all timed steps, min and max beside them; a ratio is the median over
+Each runs in a process of its own, three at a time, and they take turns step by step (`--row 4`: four steps by four), in
+a rotating order, so that a disturbance meets all of them. Speeds are medians over all timed steps, min and max beside them; a ratio is the median over
 the turns of (their seconds / ours), its range the quartiles. Memory is the peak of RssAnon above what the imports
 left; `above` is what of it is beyond both models' weights and AdamW's moments, which everybody needs. The first step's
 losses must agree to 2 %, or the contenders did not do the same work and nothing is written. CPU seconds are only for
@@ -303,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
     parser.add_argument("--steps", type=int, default=16, help="timed steps of each process")
-    parser.add_argument("--row", type=int, default=4, help="steps of a turn, a divisor of --steps")
+    parser.add_argument("--row", type=int, default=1, help="steps of a turn, a divisor of --steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tunables", default="glibc.malloc.hugetlb=1", help="GLIBC_TUNABLES of every contender")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[1:], default=list(CONTENDERS[1:]))

@@ -32,7 +32,7 @@ def subject(cache: Path, run_dir: Path, *settings: str, ranks: int = 1) -> Subje
 
 def lines(text: str) -> dict[str, tuple[str, str]]:
     """Verdict and finding by check, of what the doctor printed."""
-    found = re.findall(r"^(pass|warn|fail)  (.{18})  (.*)$", text, re.MULTILINE)
+    found = re.findall(r"^(pass|warn|fail)  (.{20})  (.*)$", text, re.MULTILINE)
     return {check.strip(): (verdict, said) for verdict, check, said in found}
 
 
