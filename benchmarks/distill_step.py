@@ -18,11 +18,12 @@ carry loss for everybody. The contenders:
     modelopt  KDTrainer, logits alone at temperature 1, the same way
 
 Each runs in a process of its own, three at a time, and they take turns step by step (`--row 4`: four steps by four), in
-a rotating order, so that a disturbance meets all of them. Speeds are medians over all timed steps, min and max beside them; a ratio is the median over
-the turns of (their seconds / ours), its range the quartiles. Memory is the peak of RssAnon above what the imports
-left; `above` is what of it is beyond both models' weights and AdamW's moments, which everybody needs. The first step's
-losses must agree to 2 %, or the contenders did not do the same work and nothing is written. CPU seconds are only for
-orientation on a machine that others use: `--threads 1` compares them without threads that wait for each other.
+a rotating order, so that a disturbance meets all of them. Speeds are medians over all timed steps, min and max beside
+them; a ratio is the median over the turns of (their seconds / ours), its range the quartiles. Memory is the peak of
+RssAnon above what the imports left; `above` is what of it is beyond both models' weights and AdamW's moments, which
+everybody needs. The first step's losses must agree to 2 %, or the contenders did not do the same work and nothing is
+written. CPU seconds are only for orientation on a machine that others use: `--threads 1` compares them without threads
+that wait for each other.
 """
 
 from __future__ import annotations
