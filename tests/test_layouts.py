@@ -50,7 +50,7 @@ MIXTURE = [
 def mixture(cache: Path, teacher_source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The settings of a tiny Qwen3-MoE with the embedded teacher's tokenizer; one expert is dead from the start."""
     tokenizer = load_tokenizer(teacher_source)
-    model = make_model("qwen3_moe", dtype=torch.float32, vocab_size=len(tokenizer))
+    model = make_model("qwen3_moe", dtype=torch.float32, vocab_size=len(tokenizer), moe_intermediate_size=24)
     with torch.no_grad():
         router = routers_of(model)[1]
         one_D, other_D = router.weight[1].clone(), router.weight[3].clone()
