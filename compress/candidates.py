@@ -16,7 +16,7 @@ from compress.artifacts import read_json, write_json
 from compress.errors import ConfigError
 from compress.families import PRUNABLE, Shape
 from compress.metrics import generation_speed
-from compress.parallel import ALONE, Ranks, resolve_dtype
+from compress.parallel import resolve_dtype
 from compress.scores import Importance
 from compress.settings import CompressConfig
 from compress.shapes import Candidate, Grid, enumerate_shapes, extremes, parameter_limit, rank
@@ -36,11 +36,9 @@ class Entry:
     candidate: Candidate
 
 
-def entries_of(
-    config: CompressConfig, info: ModelInfo, importance: Importance, folder: Path, ranks: Ranks = ALONE
-) -> list[Entry]:
+def entries_of(config: CompressConfig, info: ModelInfo, importance: Importance, folder: Path) -> list[Entry]:
     """search.num_candidates shapes within the budget: the best predicted of each number of layers first."""
-    speeds = Speeds(config, info, folder, ranks)
+    speeds = Speeds(config, info, folder)
     grid = grid_of(config, info, importance)
     wanted, criteria = config.search.num_candidates, (config.prune.width_criterion, config.prune.depth_criterion)
 
@@ -96,31 +94,23 @@ def name_of(shape: Shape, teacher: Shape) -> str:
 
 
 class Speeds:
-    """Tokens per second of generation by a model of a shape with random weights, measured once and kept in a file.
+    """Tokens per second of generation by a model of a shape with random weights, measured once and kept in a file."""
 
-    Of several ranks the first one measures.
-    """
-
-    def __init__(self, config: CompressConfig, info: ModelInfo, folder: Path, ranks: Ranks) -> None:
-        self.config, self.info, self.path, self.ranks = config, info, folder / SPEEDS, ranks
+    def __init__(self, config: CompressConfig, info: ModelInfo, folder: Path) -> None:
+        self.config, self.info, self.path = config, info, folder / SPEEDS
         self.found: dict[str, float] = read_json(self.path) if self.path.exists() else {}
 
     def of(self, shape: Shape) -> float:
         name = name_of(shape, self.info.shape)
         if name not in self.found:
-            measured = self._measure(name, shape) if self.ranks.is_main else 0.0
-            self.found[name] = float(self.ranks.sums([torch.tensor(measured, dtype=torch.float64)])[0])
+            sizes = student_config(self.info.config, self.info.family, shape, range(shape.num_hidden_layers))
+            dtype = resolve_dtype(self.config.export.dtype)
+            model = AutoModelForCausalLM.from_config(parse_config(sizes, name), dtype=dtype).eval()
+            prompt = torch.arange(8)[None] % shape.vocab_size
+            self.found[name] = generation_speed({name: model}, prompt, SPEED_TOKENS)[name]
             log.info("%s generates %.1f tokens/s here", name, self.found[name])
-            if self.ranks.is_main:
-                write_json(self.path, self.found)
+            write_json(self.path, self.found)
         return self.found[name]
-
-    def _measure(self, name: str, shape: Shape) -> float:
-        sizes = student_config(self.info.config, self.info.family, shape, range(shape.num_hidden_layers))
-        dtype = resolve_dtype(self.config.export.dtype)
-        model = AutoModelForCausalLM.from_config(parse_config(sizes, name), dtype=dtype).eval()
-        prompt = torch.arange(8)[None] % shape.vocab_size
-        return generation_speed({name: model}, prompt, SPEED_TOKENS)[name]
 
     def admitted(self, grid: Grid, ranked: Any) -> Grid:
         """The grid with the most parameters whose best predicted shape is fast enough, by bisection."""

@@ -21,7 +21,7 @@ from compress.errors import CompressError, ConfigError
 from compress.parallel import check_layout
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
 from compress.stages import ON_RANKS, chosen_stages, run_dir_of
-from compress.training_rules import check_ranks, check_search_ranks
+from compress.training_rules import check_ranks
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,6 @@ def jobs_of(config: CompressConfig) -> list[Job]:
         if stage is Stage.distill:
             check_layout(config.cluster.shard_ranks, nodes * ranks)
             check_ranks(config, nodes * ranks)
-        if stage is Stage.search:
-            check_layout(config.cluster.shard_ranks, nodes * ranks)
-            check_search_ranks(config, nodes * ranks)
         time = asked.time or config.cluster.time
         found.append(Job(stage, nodes, ranks, time, asked.cpus, asked.memory, asked.submissions))
     return found

@@ -228,7 +228,7 @@ def refuse_several_ranks(what: str = "this stage") -> None:
     world = launched().size
     if world > 1:
         raise ConfigError(
-            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score, stage=search, "
+            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score, "
             "stage=distill and stage=evaluate in several; start it without torchrun, or with 1 rank"
         )
 

@@ -55,7 +55,7 @@ from compress.signals import check_student
 from compress.stages import ON_RANKS, STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
-from compress.training_rules import check_ranks, check_search_ranks
+from compress.training_rules import check_ranks
 from compress.watchdog import watching
 
 log = logging.getLogger(__name__)
@@ -78,9 +78,6 @@ def run(config: CompressConfig) -> None:
     if config.stage in (Stage.all, Stage.distill) and Stage.distill in chosen_stages(config):
         check_layout(config.cluster.shard_ranks, launched().size)
         check_ranks(config, launched().size)
-    if config.stage is Stage.search:
-        check_layout(config.cluster.shard_ranks, launched().size)
-        check_search_ranks(config, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:

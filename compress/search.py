@@ -5,8 +5,6 @@ distilled for a few tokens and compared again, the better half goes on to twice 
 (successive halving, Jamieson and Talwalkar, arXiv 1502.07943). All candidates see the same sequences, so one pass of
 the teacher serves them all: its signals are kept on disk. Each figure is committed alone, so that a killed search goes
 on where it was.
-
-On several ranks each candidate in turn is measured, and distilled, by all of them together.
 """
 
 # S sequences that candidates are compared on, C candidates, R resamples
@@ -17,17 +15,14 @@ import itertools
 import logging
 import math
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from compress import checkpoint
@@ -41,10 +36,10 @@ from compress.folders import read_model
 from compress.inputs import source_of, streams, teacher_of, whole_bytes
 from compress.memory import MASTER_BYTES, MOMENT_BYTES
 from compress.models import cast_weights, decoder_layers, load_model
-from compress.parallel import Ranks, agreed_dtype, available_bytes, device_mesh, resolve_dtype, shard
+from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
 from compress.progress import console, track
 from compress.scores import Importance, rank_correlation
-from compress.settings import CompressConfig, ComputeDtype, set_name
+from compress.settings import CompressConfig, set_name
 from compress.shapes import (
     check_fixed,
     extremes,
@@ -55,7 +50,6 @@ from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
 from compress.teacher import RecordedTeacher, Teacher
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 from compress.training import (
-    balance_of,
     load_trained,
     micro_batches,
     optimizer_of,
@@ -68,7 +62,6 @@ from compress.training import (
 
 log = logging.getLogger(__name__)
 NUM_RESAMPLES = 2000
-_PATIENCE = 60  # seconds that a folder may take to be seen from another node
 
 
 @dataclass
@@ -142,37 +135,26 @@ def disk_bytes(config: CompressConfig, info: ModelInfo, teacher_hidden_size: int
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
-    """Write search/report.json, whose winner is the shape that prune cuts; a trained winner in search/winner.
-
-    Under torchrun every rank calls it; the first one writes.
-    """
-    with device_mesh(config.cluster.shard_ranks) as (ranks, mesh):
-        dtype = str(agreed_dtype(config.compute_dtype, ranks)).removeprefix("torch.")
-        _run(replace(config, compute_dtype=ComputeDtype(dtype)), run_dir, ranks, mesh)
-
-
-def _run(config: CompressConfig, run_dir: Path, ranks: Ranks, mesh: DeviceMesh) -> None:
+    """Write search/report.json, whose winner is the shape that prune cuts; a trained winner in search/winner."""
     trust = config.teacher.trust_remote_code
     info = read_model(source_of(config), trust)
     importance = importance_of(run_dir, info)
     folder = run_dir / "search"
-    if ranks.is_main:
-        _drop_work_of_other_settings(config, folder)
+    _drop_work_of_other_settings(config, folder)
     judge = _judge(config, run_dir)
     _check_order(config, run_dir)
-    entries = {entry.name: entry for entry in entries_of(config, info, importance, folder, ranks)}
+    entries = {entry.name: entry for entry in entries_of(config, info, importance, folder)}
     model = load_model(teacher_of(config), resolve_dtype(config.compute_dtype), trust)
     teacher = RecordedTeacher(model, folder / "teacher")
     rounds: list[Round] = []
     names = list(entries)
     for num_tokens, count in _schedule(config, len(names)):
         names = names[:count]
-        those = [entries[name] for name in names]
-        rounds.append(_round(config, run_dir, info, importance, teacher, judge, those, num_tokens, ranks, mesh))
+        rounds.append(
+            _round(config, run_dir, info, importance, teacher, judge, [entries[n] for n in names], num_tokens)
+        )
         _log_round(rounds[-1])
         names = rounds[-1].order()
-    if not ranks.is_main:
-        return
     winner = names[0]
     if num_tokens and not (folder / "winner").exists():  # it is built as a whole, and its checkpoint goes below
         _save_winner(config, info, folder, winner)
@@ -253,33 +235,27 @@ def _round(
     judge: Sequence[TokenBatch],
     entries: Sequence[Entry],
     num_tokens: int,
-    ranks: Ranks,
-    mesh: DeviceMesh,
 ) -> Round:
     """Bring each candidate to `num_tokens` of training and measure it; what was measured before is read."""
     figures = run_dir / "search" / "figures"
     rows = []
     for number, entry in enumerate(entries, start=1):
         path = figures / f"{entry.name}-{num_tokens}-tokens.json"
-        if ranks.any(ranks.is_main and not path.exists()):
+        if not path.exists():
             what = f"candidate {number} of {len(entries)}, {entry.name}"
-            student = _student(config, run_dir, info, importance, entry, ranks)
+            student = _student(config, run_dir, info, importance, entry)
             kl_S: list[float] = []
             if num_tokens:
-                model = _trained(config, run_dir, teacher, student, entry, num_tokens, what, ranks, mesh)
+                model = _trained(config, run_dir, teacher, student, entry, num_tokens, what)
             else:
                 model = load_model(student, teacher.model.dtype, config.teacher.trust_remote_code)
             if model is not None:
-                kl_S = _divergence(model.eval(), teacher, judge, f"comparing {what}", ranks)
+                kl_S = _divergence(model.eval(), teacher, track(judge, f"comparing {what}", unit="sequence"))
             finite = model is not None and all(map(math.isfinite, kl_S))
             if not finite:
                 log.warning("search: candidate %s is not finite after %d tokens and loses", entry.name, num_tokens)
-            found = {"kl": kl_S if finite else None}
-            if ranks.is_main:
-                write_json(path, found)
-        else:
-            found = read_json(path)
-        rows.append(found["kl"] or [math.inf] * len(judge))
+            write_json(path, {"kl": kl_S if finite else None})
+        rows.append(read_json(path)["kl"] or [math.inf] * len(judge))
     if all(math.inf in row for row in rows):
         raise NumericalError(
             f"search: no candidate is finite after {num_tokens} tokens; lower distill.learning_rate="
@@ -289,12 +265,10 @@ def _round(
     return Round(num_tokens, [e.name for e in entries], torch.tensor(rows, dtype=torch.float64), counts)
 
 
-def _student(
-    config: CompressConfig, run_dir: Path, info: ModelInfo, importance: Importance, entry: Entry, ranks: Ranks
-) -> Path:
-    """The candidate's untrained Hugging Face folder, cut as prune would; made once, by the first rank."""
+def _student(config: CompressConfig, run_dir: Path, info: ModelInfo, importance: Importance, entry: Entry) -> Path:
+    """The candidate's untrained Hugging Face folder, cut as prune would; made once."""
     folder = run_dir / "search" / "candidates" / entry.name
-    if ranks.is_main and not folder.exists():
+    if not folder.exists():
         width, depth = config.prune.width_criterion, config.prune.depth_criterion
         kept = select(importance, entry.candidate.shape, width=width, depth=depth)
         spill = run_dir / ".search-spill"
@@ -303,28 +277,13 @@ def _student(
                 cut(config, run_dir, info, importance, kept, building, spill)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
-    ranks.any(False)  # it is there
-    until = time.monotonic() + _PATIENCE
-    while not folder.exists():
-        if time.monotonic() > until:
-            raise ArtifactError(f"{folder} is not seen by rank {ranks.rank}; give a run_dir that all nodes share")
-        time.sleep(0.2)
     return folder
 
 
 def _trained(
-    config: CompressConfig,
-    run_dir: Path,
-    teacher: Teacher,
-    student: Path,
-    entry: Entry,
-    num_tokens: int,
-    what: str,
-    ranks: Ranks,
-    mesh: DeviceMesh,
+    config: CompressConfig, run_dir: Path, teacher: Teacher, student: Path, entry: Entry, num_tokens: int, what: str
 ) -> PreTrainedModel | None:
-    """The candidate after `num_tokens`, going on from its last round: warm-up, then a constant rate; whole on every
-    rank.
+    """The candidate after `num_tokens`, going on from its last round: warm-up, then a constant rate.
 
     None when its loss or gradient stopped being finite.
     """
@@ -335,41 +294,31 @@ def _trained(
     stop = num_tokens // tokens_per_step
     order = _order(config, data, stop)
     terms = terms_at(settings)
-    torch.manual_seed(config.seed + ranks.rank)
-    with kept_memory():
+    torch.manual_seed(config.seed)
+    with kept_memory(), single_process_mesh() as mesh:
         model = load_model(student, torch.float32, trust)
         module = StudentModule(model).train()
-        balance = balance_of(module, settings)
         shard(module, decoder_layers(model), mesh, teacher.model.dtype)
         optimizer = optimizer_of(module, settings)
-        start = int(resume(folder, module, optimizer, balance=balance).get("step", 0))
+        start = int(resume(folder, module, optimizer).get("step", 0))
         for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
             indices = order.indices(step * batch_size, (step + 1) * batch_size)
-            window = micro_batches(data, indices, settings.micro_batch_size, ranks)
-            loss = accumulate_gradients(module, teacher, window, terms, ranks, balance=balance).loss
+            window = micro_batches(data, indices, settings.micro_batch_size)
+            loss = accumulate_gradients(module, teacher, window, terms).loss
             factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
             if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
                 return None
-        state = training_state(module, optimizer, balance=balance)
-        checkpoint.save(folder, stop, state, {"tokens": num_tokens}, keep=1, ranks=ranks)
+        checkpoint.save(folder, stop, training_state(module, optimizer), {"tokens": num_tokens}, keep=1)
     plain = load_model(student, torch.float32, trust)
-    trained = dict(model.named_parameters())
-    for name, parameter in plain.named_parameters():  # not from the files, which another node may not see yet
-        part = trained[name].data
-        parameter.data = part.full_tensor() if isinstance(part, DTensor) else part
+    load_trained(folder / f"step_{stop:08d}", plain)
     cast_weights(plain, teacher.model.dtype)
     return plain
 
 
 @torch.no_grad()
-def _divergence(
-    model: PreTrainedModel, teacher: Teacher, batches: Sequence[TokenBatch], what: str, ranks: Ranks
-) -> list[float]:
-    """KL(teacher || model) of each batch, in nats, summed over its loss tokens; each rank takes its share of them."""
-    mine = track(list(ranks.mine(batches)), what, unit="sequence")
-    found = [divergence(model, batch, teacher.signal(batch)).item() for batch in mine]
-    kl_S: list[float] = ranks.in_order(torch.tensor(found, dtype=torch.float64)).tolist()
-    return kl_S
+def _divergence(model: PreTrainedModel, teacher: Teacher, batches: Iterable[TokenBatch]) -> list[float]:
+    """KL(teacher || model) of each batch, in nats, summed over its loss tokens."""
+    return [divergence(model, batch, teacher.signal(batch)).item() for batch in batches]
 
 
 def _save_winner(config: CompressConfig, info: ModelInfo, folder: Path, name: str) -> None:

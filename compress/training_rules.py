@@ -238,17 +238,6 @@ def check_ranks(config: CompressConfig, world: int) -> None:
             )
 
 
-def check_search_ranks(config: CompressConfig, world: int) -> None:
-    """Raise ConfigError where `world` ranks can't be given equally many micro-batches of a short distillation."""
-    batch, micro = config.distill.global_batch_size, config.distill.micro_batch_size
-    if config.search.num_tokens and batch % (micro * world):
-        raise ConfigError(
-            f"WORLD_SIZE={world}: distill.global_batch_size={batch} must be a multiple of {world} ranks * "
-            f"distill.micro_batch_size={micro} for the search's short distillations; start fewer ranks, set "
-            "distill.micro_batch_size lower, or search.num_tokens=0"
-        )
-
-
 def _check_phases(config: CompressConfig) -> None:
     whole, sources = config.data.sequence_length, config.data.train
     for number, phase in enumerate(config.distill.phases):

@@ -276,18 +276,6 @@ def _ranks(launcher: int) -> list[int]:
     [
         (("cluster.shard_ranks=3",), "cluster.shard_ranks=3 must divide WORLD_SIZE=2"),
         (("distill.global_batch_size=6",), "WORLD_SIZE=2: the global batch of phase 1, 6 sequences, must be a mult"),
-        (
-            (
-                "stage=search",
-                "search.num_candidates=2",
-                "search.num_tokens=1024",
-                "distill.global_batch_size=6",
-                "prune.num_hidden_layers=null",
-                "prune.intermediate_size=null",
-                "prune.max_parameters=160000",
-            ),
-            "WORLD_SIZE=2: distill.global_batch_size=6 must be a multiple of 2 ranks",
-        ),
         (("teacher.mode=auto",), "WORLD_SIZE=2: teacher.mode=auto works in one process"),
     ],
 )
