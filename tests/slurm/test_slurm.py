@@ -199,7 +199,7 @@ def test_a_requeue_in_the_middle_of_a_checkpoint_costs_only_that_checkpoint(
 
 
 def test_a_node_that_is_not_fit_is_left_out(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
-    """A file of the run's text is empty there, as where a file system isn't mounted."""
+    """A file of the run's text is not to be had there, as where a file system isn't mounted."""
     run_dir, text = upstream(undisturbed, tmp_path / "run"), str(cache / "tiny" / "train.jsonl")
     jobs = submit(cluster, run_dir, cache, "until=export", **DOCTOR)
     job = jobs["distill"]
@@ -210,12 +210,12 @@ def test_a_node_that_is_not_fit_is_left_out(cluster: Cluster, undisturbed: Path,
         cluster.run("scontrol", "release", job)
         cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
     finally:
-        cluster.on_node("n1", "umount", text)
+        cluster.on_node("n1", "mount", "--bind", shutil.copy(text, tmp_path / "whole.jsonl"), text)
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
     assert (cluster.facts(job)["ExcNodeList"], cluster.facts(job)["NodeList"]) == ("n1", "n[2-3]")
     log = (run_dir / "logs" / f"compress-distill-{job}.log").read_text()
     assert re.search(
-        r"^try 0: unfit n1: the doctor says .*n1 \(rank \d\): text: .*train.jsonl is empty", log, re.MULTILINE
+        r"^try 0: unfit n1: the doctor says .*n1 \(rank \d\): text: .*train\.jsonl: no such file", log, re.MULTILINE
     )
     assert not (run_dir / "logs" / f"compress-distill-{job}.0.0.log").exists(), "training wasn't tried with it"
     assert_same_weights(run_dir, undisturbed)
