@@ -102,9 +102,9 @@ def _shared(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
 
 # What all ranks must have alike, in words; each is called by all of them together.
 CHECKS: dict[str, Callable[[CompressConfig, Path, Ranks], None]] = {
-    "the code of compress": _code,
-    "the versions": _versions,
-    "the settings": _settings,
-    "the teacher's files": _teacher,
-    "the run folder": _shared,
+    "code": _code,
+    "versions": _versions,
+    "settings": _settings,
+    "teacher's files": _teacher,
+    "shared folder": _shared,
 }

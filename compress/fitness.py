@@ -214,7 +214,7 @@ def _files(subject: Subject) -> Line:
     if found.f_favail < MIN_FILES:
         return Line(Verdict.fail, f"only {found.f_favail:,} more can be made on the disk of {there}, a run makes "
                     f"hundreds; delete some, or set run_dir= to another disk")  # fmt: skip
-    return Line(Verdict.ok, f"{found.f_favail:,} more can be made")
+    return Line(Verdict.ok, f"{found.f_favail:.2g} more can be made")
 
 
 def _memory(subject: Subject) -> Line:

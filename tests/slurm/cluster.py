@@ -164,6 +164,10 @@ class Cluster:
     def heal(self, node: str) -> None:
         self._ip("link", "set", f"{_NAME}{node}", "up")
 
+    def on_node(self, node: str, *command: str) -> None:
+        """As root, among that node's mounts."""
+        subprocess.run(["nsenter", f"--target={self._processes[node].pid}", "--mount", *command], check=True)
+
     def processes(self, job: str, rank: int | None = None) -> list[int]:
         """Of a job's ranks on all nodes, as this machine numbers them."""
         found = []

@@ -29,7 +29,8 @@ pytestmark = [
 ]
 STEPS = 12
 PATH = f"{Path(sys.executable).parent}:{PATHS}"  # where `python` is this one
-VARIABLES = {"PATH": PATH, "COMPRESS_GRACE": "60", "OMP_NUM_THREADS": "1"}
+VARIABLES = {"PATH": PATH, "COMPRESS_GRACE": "60", "COMPRESS_DOCTOR": "0", "OMP_NUM_THREADS": "1"}
+DOCTOR = {"COMPRESS_DOCTOR": "120"}  # within cluster.time, the grace taken off
 SETTINGS = [
     *FAST, f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
     "compute_dtype=float32", "distill.checkpoint_steps=2", "threads=1", "cluster.time=5",
@@ -53,9 +54,9 @@ def command(run_dir: Path, cache: Path, *settings: str) -> list[str]:
     return [str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, *place, *settings]
 
 
-def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str) -> dict[str, str]:
+def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str, **variables: str) -> dict[str, str]:
     """The job of each stage."""
-    said = cluster.run(*command(run_dir, cache, *settings), **VARIABLES)
+    said = cluster.run(*command(run_dir, cache, *settings), **VARIABLES | variables)
     return dict(line.split() for line in said.splitlines())
 
 
@@ -72,7 +73,7 @@ def distilled(run_dir: Path) -> dict[str, torch.Tensor]:
 def undisturbed(cluster: Cluster, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run by pipeline.sh, every stage a job, training on two nodes."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    jobs = submit(cluster, run_dir, cache)
+    jobs = submit(cluster, run_dir, cache, **DOCTOR)
     assert list(jobs) == ["tokenize", "score", "prune", "distill", "export", "evaluate"]
     assert cluster.finished(jobs["evaluate"], 400) == "COMPLETED", say(run_dir)
     return run_dir
@@ -89,6 +90,10 @@ def test_a_whole_run_over_two_nodes(undisturbed: Path) -> None:
     assert (undisturbed / "evaluate" / "metrics.json").exists()
     logs = [log.name for log in (undisturbed / "logs").iterdir() if log.name.startswith("compress-distill")]
     assert sum(name.endswith((".0.log", ".1.log")) for name in logs) == 2, "a log a node"
+    [doctor] = (undisturbed / "logs").glob("compress-*.0.doctor.log")  # of the only stage on several nodes
+    said = doctor.read_text()
+    assert re.search(r"pass  shared folder +all ranks: the same for all", said), said
+    assert not re.search(r"^\d+: (fail|warn)", said, re.MULTILINE), said
 
 
 def wait_for_step(cluster: Cluster, run_dir: Path, job: str) -> None:
@@ -126,7 +131,8 @@ def test_a_disturbed_training_ends_in_the_same_weights(
     kind: str, cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
 ) -> None:
     run_dir = upstream(undisturbed, tmp_path / "run")
-    jobs = submit(cluster, run_dir, cache, "until=export")
+    doctor = DOCTOR if kind == "time limit" else {}  # whose signal goes to the step after it
+    jobs = submit(cluster, run_dir, cache, "until=export", **doctor)
     wait_for_step(cluster, run_dir, jobs["distill"])
     node = _last_node(cluster, jobs["distill"])
     disturb(kind, cluster, jobs["distill"])
@@ -190,6 +196,29 @@ def test_a_requeue_in_the_middle_of_a_checkpoint_costs_only_that_checkpoint(
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
     assert int(left[0].name.split("_")[1].split(".")[0]) == before[-1] + 1
     assert not left[0].exists()
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_node_that_is_not_fit_is_left_out(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """A file of the run's text is not to be had there, as where a file system isn't mounted."""
+    run_dir, text = upstream(undisturbed, tmp_path / "run"), str(cache / "tiny" / "train.jsonl")
+    jobs = submit(cluster, run_dir, cache, "until=export", **DOCTOR)
+    job = jobs["distill"]
+    cluster.run("scontrol", "hold", job)
+    assert cluster.finished(jobs["prune"], 200) == "COMPLETED", say(run_dir)
+    cluster.on_node("n1", "mount", "--bind", "/dev/null", text)
+    try:
+        cluster.run("scontrol", "release", job)
+        cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
+    finally:
+        cluster.on_node("n1", "mount", "--bind", shutil.copy(text, tmp_path / "whole.jsonl"), text)
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert (cluster.facts(job)["ExcNodeList"], cluster.facts(job)["NodeList"]) == ("n1", "n[2-3]")
+    log = (run_dir / "logs" / f"compress-distill-{job}.log").read_text()
+    assert re.search(
+        r"^try 0: unfit n1: the doctor says .*n1 \(rank \d\): text: .*train\.jsonl: no such file", log, re.MULTILINE
+    )
+    assert not (run_dir / "logs" / f"compress-distill-{job}.0.0.log").exists(), "training wasn't tried with it"
     assert_same_weights(run_dir, undisturbed)
 
 
