@@ -27,12 +27,12 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm"),
 ]
-STEPS = 12
+STEPS = 24  # of training
 PATH = f"{Path(sys.executable).parent}:{PATHS}"  # where `python` is this one
 VARIABLES = {"PATH": PATH, "COMPRESS_GRACE": "60", "COMPRESS_DOCTOR": "0", "OMP_NUM_THREADS": "1"}
 DOCTOR = {"COMPRESS_DOCTOR": "120"}  # within cluster.time, the grace taken off
 SETTINGS = [
-    *FAST, f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
+    *FAST, f"distill.num_tokens={STEPS * 8 * 64}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
     "compute_dtype=float32", "distill.checkpoint_steps=2", "threads=1", "cluster.time=5",
     "cluster.jobs.distill.num_nodes=2",
 ]  # fmt: skip
