@@ -17,12 +17,13 @@ carry loss for everybody. The contenders:
             own under the cache folder, made at the first run
     modelopt  KDTrainer, logits alone at temperature 1, the same way
 
-Each runs in a process of its own, three at a time, and they take turns step by step, in a rotating order, so that a
-disturbance meets all of them. Speeds are medians over all timed steps, min and max beside them; a ratio is the median
-over the turns of (their seconds / ours), its range the quartiles. Memory is the peak of RssAnon above what the imports
-left; `above` is what of it is beyond both models' weights and AdamW's moments, which everybody needs. The first step's
-losses must agree to 2 %, or the contenders did not do the same work and nothing is written. CPU seconds are only for
-orientation on a machine that others use: `--threads 1` compares them without threads that wait for each other.
+Each runs in a process of its own, three at a time, and they take turns step by step (`--row 4`: four steps by four), in
+a rotating order, so that a disturbance meets all of them. Speeds are medians over all timed steps, min and max beside
+them; a ratio is the median over the turns of (their seconds / ours), its range the quartiles. Memory is the peak of
+RssAnon above what the imports left; `above` is what of it is beyond both models' weights and AdamW's moments, which
+everybody needs. The first step's losses must agree to 2 %, or the contenders did not do the same work and nothing is
+written. CPU seconds are only for orientation on a machine that others use: `--threads 1` compares them without threads
+that wait for each other.
 """
 
 from __future__ import annotations
@@ -225,18 +226,20 @@ def start(python: str, name: str, work: Path, options: argparse.Namespace) -> Tu
     return TurnTaker(command, work / f"{name}.log", environment)
 
 
-def take_turns(workers: dict[str, TurnTaker], turns: int, work: Path) -> dict[str, dict[str, Any]]:
+def take_turns(workers: dict[str, TurnTaker], options: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
     names = list(workers)
-    for turn in range(turns):
+    turns = [options.warmup, *[options.row] * (options.steps // options.row)]
+    for turn, steps in enumerate(turns):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            workers[name].step()
+            for _ in range(steps):
+                workers[name].step()
     for worker in workers.values():
         worker.end()
     return {name: json.loads((work / f"{name}.json").read_text()) for name in names}
 
 
-def summarise(groups: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def summarise(groups: list[dict[str, dict[str, Any]]], row: int) -> dict[str, Any]:
     tokens = SEQUENCES * LENGTH
     runs: dict[str, list[dict[str, Any]]] = {}
     turns: dict[str, list[float]] = {}
@@ -244,7 +247,7 @@ def summarise(groups: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         for name, run in group.items():
             runs.setdefault(name, []).append(run)
             if name != "ours" and "ours" in group:
-                pairs = zip(run["seconds"], group["ours"]["seconds"], strict=True)
+                pairs = zip(_by_turn(run["seconds"], row), _by_turn(group["ours"]["seconds"], row), strict=True)
                 turns.setdefault(name, []).extend(theirs / ours for theirs, ours in pairs)
     table = {
         name: {
@@ -262,6 +265,10 @@ def summarise(groups: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
         ratios[f"ours/{name}"] = {"ratio": middle, "low": low, "high": high, "turns": len(found)}
     return {"contenders": table, "ratios": ratios}
+
+
+def _by_turn(seconds: list[float], row: int) -> list[float]:
+    return [sum(seconds[first : first + row]) for first in range(0, len(seconds), row)]
 
 
 def check_same_loss(summary: dict[str, Any]) -> None:
@@ -296,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
     parser.add_argument("--steps", type=int, default=16, help="timed steps of each process")
+    parser.add_argument("--row", type=int, default=1, help="steps of a turn, a divisor of --steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tunables", default="glibc.malloc.hugetlb=1", help="GLIBC_TUNABLES of every contender")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[1:], default=list(CONTENDERS[1:]))
@@ -304,6 +312,8 @@ def main() -> None:
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.worker and options.steps % options.row:
+        parser.error(f"--steps {options.steps} must be a multiple of --row {options.row}")
     if options.worker:
         _worker(options.worker, options.work, options.warmup, options.steps)
         return
@@ -317,15 +327,22 @@ def main() -> None:
         for name in ["ours", *options.contenders[first : first + 2]]:
             python = peer_python(cache, *PEERS[name]) if name in PEERS else sys.executable
             workers[name] = start(python, name, work, options)
-        groups.append(take_turns(workers, options.warmup + options.steps, work))
+        groups.append(take_turns(workers, options, work))
         for name, run in groups[-1].items():
             print(f"{name}: {SEQUENCES * LENGTH / statistics.median(run['seconds']):.0f} tokens/s", flush=True)
-    summary = summarise(groups)
+    summary = summarise(groups, options.row)
     show(summary, options.threads)
     check_same_loss(summary)
     write_result(
         options.output,
-        {"machine": before, "threads": options.threads, "tunables": options.tunables, **summary, "groups": groups},
+        {
+            "machine": before,
+            "threads": options.threads,
+            "tunables": options.tunables,
+            "row": options.row,
+            **summary,
+            "groups": groups,
+        },
     )
     print(f"written: {options.output}")
 

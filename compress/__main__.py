@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from compress.config import compose_config, conf_dir, load_config, to_config
-from compress.errors import CompressError, Interrupted
+from compress.errors import CompressError, DistributedError, Interrupted
+from compress.settings import Stage
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 75  # 75 is EX_TEMPFAIL: run the same command again
 _WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c",
@@ -48,7 +49,7 @@ def _hydra_main(composed: DictConfig) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         pipeline.run(config)
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and config.stage is not Stage.doctor:  # who comes before a job's stage
             _tell("done")
     except CompressError as error:
         _fail(error)
@@ -57,7 +58,8 @@ def _hydra_main(composed: DictConfig) -> None:
 
 
 def _tell(outcome: str) -> None:
-    """To a job script, which can't trust the exit code of the launchers between: "done", or why another try is vain."""
+    """To a job script, which can't trust the exit code of the launchers between: "done", why another try is vain, or
+    which nodes another one should leave out."""
     path = os.environ.get("COMPRESS_OUTCOME_FILE")
     if path:
         Path(path).write_text(outcome + "\n")
@@ -138,7 +140,8 @@ def _fail(error: CompressError) -> None:
     interrupted = isinstance(error, Interrupted)
     print(f"compress: {'' if interrupted else 'error: '}{error}", file=sys.stderr)
     if not interrupted:
-        _tell(f"refused: {error}")
+        kind = f"unfit {','.join(error.nodes)}" if isinstance(error, DistributedError) else "refused"
+        _tell(f"{kind}: {error}")
     sys.exit(EXIT_INTERRUPTED if interrupted else EXIT_ERROR)
 
 

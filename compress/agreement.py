@@ -6,8 +6,9 @@ Nodes that differ in any of it would train replicas apart without an error, or w
 from __future__ import annotations
 
 import os
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,28 @@ def check_agreement(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None
     """Raise ConfigError, on every rank, naming what a rank has otherwise than the first one, and which rank."""
     if ranks.size == 1:
         return
+    for check in CHECKS.values():
+        check(config, run_dir, ranks)
+
+
+def _code(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     code = {path.name: fingerprint_path(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
     _compare({"code of compress": code}, ranks, "install the same version on every node, or give all one PYTHONPATH")
-    names = {f"version of {name}": found for name, found in versions().items()}
+
+
+def _versions(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
+    names = {
+        f"version of {name}": found for name, found in [("Python", platform.python_version()), *versions().items()]
+    }
     _compare(names, ranks, "use one environment, or image, on every node")
+
+
+def _settings(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     _compare(_leaves(plain_settings(config)), ranks, "start every rank by the same command")
+
+
+def _teacher(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     _compare({"teacher's files": fingerprint_path(teacher_of(config))}, ranks, "let every node read the same folder")
-    _check_shared(run_dir, ranks)
 
 
 def _leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -58,7 +74,7 @@ def _compare(facts: Mapping[str, Any], ranks: Ranks, remedy: str) -> None:
             )
 
 
-def _check_shared(run_dir: Path, ranks: Ranks) -> None:
+def _shared(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     """The first rank leaves a file in the run folder, which all others must see."""
     name = f".seen-by-all-{ranks.agree(os.urandom(8).hex())}"
     there = run_dir / name
@@ -82,3 +98,13 @@ def _check_shared(run_dir: Path, ranks: Ranks) -> None:
             f"run_dir={run_dir} is not the same folder for rank {blind[0]} of {ranks.size}: it doesn't see what rank 0 "
             "writes there. Give one on a file system that all nodes share, by its absolute path"
         )
+
+
+# What all ranks must have alike, in words; each is called by all of them together.
+CHECKS: dict[str, Callable[[CompressConfig, Path, Ranks], None]] = {
+    "code": _code,
+    "versions": _versions,
+    "settings": _settings,
+    "teacher's files": _teacher,
+    "shared folder": _shared,
+}

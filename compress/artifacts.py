@@ -1,4 +1,4 @@
-"""The run folder: atomic writes, fingerprints, manifests, and the lock that keeps a second writer out.
+"""The run folder: atomic writes and fingerprints.
 
 Nothing here is ever half-written under its final name: files and folders are built beside their place and renamed.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import functools
 import glob
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def _remove_stale(path: Path) -> None:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` in one step: a reader, or the run after a kill, sees the old file or the new one."""
     payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_of(path, writer_number())
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,9 +110,19 @@ def read_json(path: Path, remedy: str | None = None) -> Any:
         raise ArtifactError(f"{path} is not valid JSON ({error}); {remedy or remedy_for(path)}") from error
 
 
-def temporary_of(path: Path, process: int) -> Path:
+def writer_number() -> int:
+    """This process's own, on all nodes: process ids are not."""
+    return _drawn_by(os.getpid())
+
+
+@functools.cache
+def _drawn_by(_process: int) -> int:
+    return secrets.randbits(62)
+
+
+def temporary_of(path: Path, writer: int) -> Path:
     """The sibling that a process builds before it becomes `path`."""
-    return path.with_name(f".{path.name}.tmp-{process}")
+    return path.with_name(f".{path.name}.tmp-{writer}")
 
 
 @contextlib.contextmanager
@@ -124,7 +134,7 @@ def building_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-        temporary = temporary_of(path, os.getpid())
+        temporary = temporary_of(path, writer_number())
         temporary.mkdir()
         try:
             yield temporary
@@ -182,7 +192,7 @@ def save_rows(path: Path, name: str, dtype: str, shape: Sequence[int], blocks: I
 
 
 def _save(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_of(path, writer_number())
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,10 +205,14 @@ def _save(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 def free_disk_bytes(folder: Path) -> int:
     """Of the disk that a folder lies on, or will when it is made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(existing(folder)).free
 
 
 def open_permissions(path: Path) -> None:
@@ -271,35 +285,6 @@ def fingerprint_path(path: Path) -> str:
                     handle.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                     digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
-    """Hold one stage folder of a run for writing. A second process gets an error that names the holder.
-
-    The lock is the kernel's (flock): it goes with the process however that dies, so a killed run blocks nobody. It is
-    per stage, so that a kept step can be exported and evaluated while training goes on.
-    """
-    with disk_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = (run_dir / f".{stage}.lock").open("a+")
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise ArtifactError(
-                f"{run_dir / stage} is being written by {holder}; wait for it, or give this run another name= or "
-                "run_dir="
-            ) from None
-        handle.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        handle.write(f"process {os.getpid()}" + (f" of Slurm job {job}" if job else "") + f" since {time.ctime()}\n")
-        handle.flush()
-        yield
-    finally:
-        handle.close()
 
 
 def link(path: Path, target: Path) -> None:

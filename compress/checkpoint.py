@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from compress.artifacts import building_folder, fingerprint_path, read_json, temporary_of, write_json
+from compress.artifacts import building_folder, fingerprint_path, read_json, temporary_of, write_json, writer_number
 from compress.devices import random_states, set_random_states
 from compress.errors import ArtifactError
+from compress.lease import check_lease
 from compress.parallel import ALONE, Ranks, launched
 
 log = logging.getLogger(__name__)
@@ -47,14 +48,16 @@ def save(
 
     figures: of steps, such as their validation KL; of those that have one the lowest is kept too. Several ranks call it
     together, over a `group` of their own where it runs in a thread: each writes what it holds, the first one commits.
-    Raises ArtifactError on a full disk; the checkpoints before are untouched then.
+    Raises ArtifactError on a full disk, TakenOver where a later try writes; the checkpoints before are untouched then.
     """
     final = folder / f"step_{step:08d}"
+    if ranks.is_main:
+        check_lease(folder.parent)
     with building_folder(final) if ranks.is_main else contextlib.nullcontext():
-        process = torch.tensor([os.getpid()])
+        number = torch.tensor([writer_number()])
         if ranks.size > 1:  # from now on the folder is there
-            dist.broadcast(process, 0, group=group)
-        temporary = temporary_of(final, int(process))
+            dist.broadcast(number, 0, group=group)
+        temporary = temporary_of(final, int(number))
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True, thread_count=1)
         try:
             with warnings.catch_warnings():
@@ -66,6 +69,7 @@ def save(
             raise next(iter(error.failures.values()))[0] from error
         if ranks.is_main:
             write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
+            check_lease(folder.parent)
     if ranks.is_main:
         _remove_old(folder, step, keep, figures or {})
     if ranks.size > 1:  # nobody goes on, or ends, before it is committed

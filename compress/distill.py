@@ -26,6 +26,7 @@ from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_second, flops_per_token
 from compress.folders import read_model
 from compress.inputs import kept_channels, learned_from, open_cache, start_of, teacher_of
+from compress.lease import check_lease
 from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, empty_model, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
@@ -43,6 +44,7 @@ from compress.parallel import (
 from compress.phases import Phase, Progress, num_steps, phases_of
 from compress.progress import track
 from compress.recovery import FORECAST_SHARE, forecast
+from compress.routing import Balance, warn_of_dead
 from compress.schedules import learning_rate_factor
 from compress.settings import CompressConfig, TeacherMode
 from compress.signals import check_student
@@ -60,6 +62,7 @@ from compress.teacher import (
 from compress.tokens import Ints, TokenBatch, TokenSet
 from compress.training import (
     asks_teacher,
+    balance_of,
     check_training_data,
     drawn_sequences,
     micro_batches,
@@ -72,7 +75,7 @@ from compress.training import (
     terms_at,
     training_state,
 )
-from compress.validation import mean_kl, validate, validation_batches
+from compress.validation import mean_kl, own_share, validate, validation_batches
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +176,7 @@ def _prepare(
     teacher = _teacher(config, run_dir, dtype, model, shared, mesh, device)
     judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
     if sets and judge is None:  # asked now, and its layers let go
-        batches = itertools.chain.from_iterable(sets.values())
+        batches = itertools.chain.from_iterable(own_share(batches, ranks) for batches in sets.values())
         asked = _frozen(config, teacher_path, dtype, mesh, device, compiled=False)
         judge = RememberedTeacher(Teacher(asked), batches)
     if settings.recompute:
@@ -185,21 +188,23 @@ def _prepare(
         widths = model.config.hidden_size, teacher.model.config.hidden_size
         projections = make_projections(settings.objectives, *widths, config.seed, kept_channels(config, run_dir))
     student = StudentModule(model, projections, settings.compile).train()
+    balance = balance_of(student, settings)
     shard(student, decoder_layers(model), mesh, dtype, fill)
     register_fsdp_forward_method(student, "figures")
     average = MovingAverage(student, settings.ema_decay) if settings.ema_decay is not None else None
     optimizer = optimizer_of(student, settings)
     previous = teacher if isinstance(teacher, PreviousSelf) else None
-    progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average, previous))
+    progress = Progress.of(resume(run_dir / "distill" / "checkpoints", student, optimizer, average, previous, balance))
     if progress.step:
         log.info("distill: resuming after step %d from step_%08d", progress.step, progress.step)
     metrics = run_dir / "distill" / "metrics.jsonl"
     if ranks.is_main:
         training_log.keep_up_to(metrics, progress.step)
     work = _work(config, teacher_path, student_path, dtype)
-    return _Parts(
-        config, ranks, device, student, teacher, optimizer, average, data, sets, judge, work, metrics
-    ), progress
+    parts = _Parts(
+        config, ranks, device, student, teacher, optimizer, average, balance, data, sets, judge, work, metrics
+    )
+    return parts, progress
 
 
 def _teacher(
@@ -247,6 +252,7 @@ class _Parts:
     teacher: TeacherSource
     optimizer: LocalOptimizer
     average: MovingAverage | None
+    balance: Balance | None
     data: TokenSet
     sets: dict[str, list[TokenBatch]]  # to validate on, by name
     judge: Teacher | RememberedTeacher | None  # who knows what the teacher says of them; None without sets
@@ -256,6 +262,7 @@ class _Parts:
     def log(self, row: training_log.Row) -> None:
         """A row of metrics.jsonl, by the first rank alone."""
         if self.ranks.is_main:
+            check_lease(self.metrics.parent)
             training_log.append(self.metrics, row)
 
     @property
@@ -278,6 +285,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
     config, settings, optimizer = parts.config, parts.config.distill, parts.optimizer
     planned = num_steps(config, progress.shortened) - progress.step
     steps = _steps(config, parts.data, optimizer, progress)
+    idle_LE = torch.zeros(())  # steps without a token, of each expert of a mixture
     for step in track(steps, "distill", planned, "tok", lambda step: step.phase.tokens_per_step):
         writer.check()
         phase, within = step.phase, progress.step - step.phase.first_step
@@ -290,7 +298,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             parts.previous.begin(window, step.num_repeated)
         keep = None if parts.previous is None else said
         found = accumulate_gradients(
-            parts.student, parts.teacher, window, terms, parts.ranks, keep, config.teacher.whole_window
+            parts.student, parts.teacher, window, terms, parts.ranks, keep, config.teacher.whole_window, parts.balance
         )
         if parts.previous is not None:
             parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))
@@ -316,6 +324,8 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
                 f"{settings.warmup_steps}; if it is step 1, look at the teacher's and the student's weights{banned}"
             )
         progress.step += 1
+        if found.experts is not None:
+            idle_LE = warn_of_dead(idle_LE, found.experts.counts_LE)
         if parts.average is not None:
             parts.average.update(progress.step)
         if progress.step % settings.log_steps == 0 or progress.step == phase.end:
@@ -325,6 +335,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
                 "loss_tokens": found.num_tokens, "loss": loss,
                 "terms": dict(zip(term_names(terms), found.terms, strict=True)),
                 "gradient_norm": norm, "learning_rate": rate,
+                **({} if found.experts is None else {"experts": found.experts.figures()}),
                 **training_log.speed(
                     ended - began, phase, parts.work, teacher=found.teacher_seconds,
                     head=parts.student.head_seconds - head_before, optimizer=ended - updating,
@@ -336,7 +347,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
         if parts.ranks.any(bool(stop.name)):  # the signal reaches them in different steps
             stop.name = stop.name or "a signal to another rank"
         if progress.step == last or stop.name or progress.step % settings.checkpoint_steps == 0:
-            state = training_state(parts.student, optimizer, parts.average, parts.previous)
+            state = training_state(parts.student, optimizer, parts.average, parts.previous, parts.balance)
             facts = {"tokens": phase.tokens_after(progress.step), **progress.facts()}
             writer.save(progress.step, state, facts, progress.figures() if settings.keep_best else None)
         if stop.name:  # after the last step too: the stages that follow would run into the kill
@@ -374,7 +385,7 @@ def _validate(parts: _Parts, phase: Phase, progress: Progress) -> None:
     settings, began, tokens = parts.config.distill, time.perf_counter(), phase.tokens_after(progress.step)
     with parts.average.in_place() if parts.average is not None else contextlib.nullcontext():
         assert parts.judge is not None
-        figures = validate(parts.student, parts.judge, parts.sets)
+        figures = validate(parts.student, parts.judge, parts.sets, parts.ranks)
     kl = mean_kl(figures)
     if not math.isfinite(kl):
         raise NumericalError(
@@ -440,8 +451,10 @@ def _stop_signals() -> Iterator[_Stop]:
     stop = _Stop()
 
     def note(number: int, frame: object) -> None:
-        if stop.name:  # a second Ctrl-C means now
+        if number == signal.SIGINT and stop.name == "SIGINT":  # a second Ctrl-C means now
             raise KeyboardInterrupt
+        if stop.name:  # Slurm and torchrun both send what a job is sent
+            return
         stop.name = signal.Signals(number).name
         log.warning("%s: finishing this step, then saving", stop.name)
 
@@ -451,4 +464,6 @@ def _stop_signals() -> Iterator[_Stop]:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # Asked to end, it must get there: what is sent once more by Slurm or torchrun would kill it on its way.
+            ending = bool(stop.name) and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler)

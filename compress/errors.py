@@ -1,5 +1,9 @@
 """Errors a user can act on. Each message names the key or file, the value, the rule and the remedy."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class CompressError(Exception):
     """Base of every error that is the user's to mend; printed without a traceback."""
@@ -19,6 +23,14 @@ class ArchitectureError(CompressError):
 
 class NumericalError(CompressError):
     """A loss, score or weight is not finite, or nothing is left to average over."""
+
+
+class DistributedError(CompressError):
+    """The ranks can't reach each other, or some of their nodes aren't fit: on other nodes the same may work."""
+
+    def __init__(self, message: str, nodes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.nodes = nodes  # those at fault, where they are known
 
 
 class Interrupted(CompressError):

@@ -17,7 +17,7 @@ from compress.inputs import KEPT, export_folder, student_of, teacher_of
 from compress.metrics import generation_speed, language_modelling
 from compress.models import load_model, load_tokenizer
 from compress.multiple_choice import read_items
-from compress.parallel import resolve_dtype
+from compress.parallel import Ranks, agreed_dtype, joined
 from compress.progress import track
 from compress.settings import CompressConfig, set_name
 from compress.tokens import TokenBatch, TokenSet
@@ -32,7 +32,15 @@ def folder_name(config: CompressConfig) -> str:
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
-    """Write evaluate/metrics.json; its form is in the README and stays."""
+    """Write evaluate/metrics.json; its form is in the README and stays.
+
+    Under torchrun every rank calls it and takes its share of the sequences; the first one times, and writes.
+    """
+    with joined() as ranks:
+        _run(config, run_dir, ranks)
+
+
+def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     trust = config.teacher.trust_remote_code
     teacher = teacher_of(config)
     folders = {
@@ -40,7 +48,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         "pruned": student_of(config, run_dir),
         "distilled": run_dir / export_folder(config),
     }
-    dtype = resolve_dtype(config.compute_dtype)
+    dtype = agreed_dtype(config.compute_dtype, ranks)
     models = {name: load_model(folder, dtype, trust).eval() for name, folder in folders.items()}
     metrics: dict[str, Any] = {
         name: {
@@ -51,8 +59,10 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         for name, model in models.items()
     }
     for name, batches in sets_of(config, run_dir).items():
-        for model, figures in language_modelling(models, batches).items():
+        for model, figures in language_modelling(models, batches, ranks=ranks).items():
             metrics[model]["sets"][name] = figures
+    if not ranks.is_main:
+        return
     sets = [set_name(source) for source in config.data.validation]
     loss = {model: {s: metrics[model]["sets"][s]["loss"] for s in sets} for model in models}
     metrics["excess_loss"] = {s: loss["distilled"][s] - loss["teacher"][s] for s in sets}

@@ -74,7 +74,10 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     model.config.dtype = dtype
     target = run_dir / export_folder(config)
     with building_folder(run_dir / f".{target.name}-new") as folder:
-        model.save_pretrained(folder)
+        # The routers of a mixture, which compute in float32, are stored as the rest.
+        model.save_pretrained(
+            folder, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        )
         copy_companions(teacher, folder, trust)
         if (pruned / ADAPTERS).is_dir():
             shutil.copytree(pruned / ADAPTERS, folder / ADAPTERS)

@@ -1,21 +1,27 @@
-"""What each stage of a run asks Slurm for, for launch/pipeline.sh: `python -m compress.jobs SETTING...`.
+"""What each stage of a run asks Slurm for, for launch/pipeline.sh: `python -m compress.jobs [--sweep] SETTING...`.
 
-Prints the run folder, then a line a stage: name, nodes, ranks a node, time, CPUs, memory; tabs between, - for none.
+Prints the run folder, then a line a stage: name, nodes, ranks a node, time, CPUs, memory, submissions; tabs between, -
+for none. With --sweep the settings of each run, tabs between, for launch/sweep.sh.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from compress.config import load_config
 from compress.errors import CompressError, ConfigError
+from compress.parallel import check_layout
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
-from compress.stages import chosen_stages, run_dir_of
+from compress.stages import ON_RANKS, chosen_stages, run_dir_of
 from compress.training_rules import check_ranks
-
-ON_RANKS = (Stage.score, Stage.distill)  # the others are one process
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,11 @@ class Job:
     time: str
     cpus: int | None
     memory: str | None
+    submissions: int
 
     def line(self) -> str:
-        words = (self.stage, self.num_nodes, self.ranks_per_node, self.time, self.cpus or "-", self.memory or "-")
-        return "\t".join(str(word) for word in words)
+        sizes = (self.num_nodes, self.ranks_per_node, self.time, self.cpus or "-", self.memory or "-")
+        return "\t".join(str(word) for word in (self.stage, *sizes, self.submissions))
 
 
 def jobs_of(config: CompressConfig) -> list[Job]:
@@ -54,13 +61,47 @@ def jobs_of(config: CompressConfig) -> list[Job]:
                 "version; leave both out"
             )
         if stage is Stage.distill:
+            check_layout(config.cluster.shard_ranks, nodes * ranks)
             check_ranks(config, nodes * ranks)
-        found.append(Job(stage, nodes, ranks, asked.time or config.cluster.time, asked.cpus, asked.memory))
+        time = asked.time or config.cluster.time
+        found.append(Job(stage, nodes, ranks, time, asked.cpus, asked.memory, asked.submissions))
     return found
+
+
+def sweep_of(settings: Sequence[str]) -> list[list[str]]:
+    """The settings of a run for every combination of values (key=a,b), its own run_dir last.
+
+    Raises ConfigError where nothing has several values, no run_dir is given, or a run can't be submitted.
+    """
+    folders = [setting for setting in settings if setting.startswith("run_dir=")]
+    others = [setting for setting in settings if setting not in folders]
+    try:
+        parsed = OverridesParser.create().parse_overrides(others)
+    except HydraException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}; settings are key=value, values of a sweep key=a,b") from error
+    values = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()] if one.is_sweep_override()
+        else [setting] for one, setting in zip(parsed, others, strict=True)
+    ]  # fmt: skip
+    if not folders or all(len(found) == 1 for found in values):
+        raise ConfigError(
+            "a sweep needs run_dir=, the folder of all its runs, and a setting of several values: key=a,b"
+        )
+    runs = []
+    for chosen in itertools.product(*values):
+        swept = [one for one, found in zip(chosen, values, strict=True) if len(found) > 1]
+        name = "_".join(re.sub(r"[^\w.+-]+", "-", one) for one in swept)  # what neither Hydra nor sbatch reads anew
+        run = [*chosen, f"{folders[-1]}/{name}"]
+        jobs_of(load_config(*run))
+        runs.append(run)
+    return runs
 
 
 def main() -> None:
     try:
+        if sys.argv[1:2] == ["--sweep"]:
+            print("\n".join("\t".join(run) for run in sweep_of(sys.argv[2:])))
+            return
         config = load_config(*sys.argv[1:])
         lines = [str(run_dir_of(config)), *(job.line() for job in jobs_of(config))]
     except CompressError as error:

@@ -23,13 +23,13 @@ from compress.artifacts import (
     fingerprint,
     fingerprint_path,
     read_json,
-    run_lock,
     write_json,
 )
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError, Interrupted
 from compress.folders import tokenizer_fingerprint
 from compress.inputs import teacher_of
+from compress.lease import TakenOver, check_lease, run_lock
 from compress.parallel import launched
 from compress.phases import phase_settings
 from compress.progress import about
@@ -61,7 +61,7 @@ def books(
             yield False
             return
         log.info("%s: starting", stage)
-        began = time.time()
+        began = time.monotonic()
         write_json(folder / STARTED, expected)
         kept = checkpoint.steps(folder / entry.checkpoints)
         before = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
@@ -71,6 +71,9 @@ def books(
         (folder / ERROR).unlink(missing_ok=True)
         try:
             yield True
+            check_lease(folder)
+        except TakenOver:
+            raise  # even a note of it would be a write
         except CompressError as error:
             with contextlib.suppress(ArtifactError):  # a full disk can't take the note either
                 write_json(folder / ERROR, {"error": str(error), "time": time.time()})
@@ -81,7 +84,7 @@ def books(
                 if before is not None:  # the appended phases failed at once: what there was is done as it was
                     write_json(folder / MANIFEST, before)
             raise
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         manifest = {**expected, "seconds": seconds, "versions": versions(), "config": plain_settings(config)}
         write_json(folder / MANIFEST, manifest)
         (folder / STARTED).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from compress.artifacts import remedy_for
 from compress.errors import ArtifactError, ConfigError
+from compress.routing import in_float32
 
 GENERATION = "generation_config.json"
 T = TypeVar("T")
@@ -71,9 +72,11 @@ def logits_of(hidden_CD: Tensor, head: OutputHead, out_CV: Tensor | None = None)
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """In place; unlike model.to(dtype) it leaves the rotary frequencies in float32, as a loaded model has them."""
+    """In place; unlike model.to(dtype) it leaves the rotary frequencies in float32, as a loaded model has them, and the
+    routers of a mixture in float32 with the values of the dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    in_float32(model)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -104,7 +107,8 @@ def only_layers(model: PreTrainedModel, numbers: Sequence[int]) -> Iterator[None
 
 
 def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a folder; every tensor found, none left over, none of another size.
+    """The causal language model of a folder; every tensor found, none left over, none of another size. The routers of
+    a mixture compute in float32 at least.
 
     Raises ArtifactError, naming the tensors, where transformers would only warn and go on with random weights.
     """
@@ -131,6 +135,7 @@ def load_model(folder: Path | str, dtype: torch.dtype, trust_remote_code: bool =
             + "; ".join(f"{key} {names[:3]} ({len(names)} in all)" for key, names in wrong.items())
             + f"; {remedy_for(Path(folder))}"
         )
+    in_float32(model)
     return model
 
 
@@ -151,6 +156,7 @@ def empty_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **kernels_for(dtype)
             )
+        in_float32(model)
         return model.eval()
 
     return _loaded(folder / "config.json", make)

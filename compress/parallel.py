@@ -14,9 +14,11 @@ import math
 import os
 import resource
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +32,9 @@ from transformers import PreTrainedModel
 
 from compress.attention import blocks_are_faster, use_blocked_attention
 from compress.devices import CPU, backend
-from compress.errors import ConfigError
+from compress.errors import ConfigError, DistributedError
 from compress.models import decoder_layers
+from compress.routing import routers_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -115,6 +118,17 @@ class Ranks:
             for one in everyones
         ]
 
+    def in_order(self, rows: Tensor) -> Tensor:
+        """A row of what was found for each item that `mine` dealt out, of all ranks, in the items' order; float64.
+
+        Added up they are what one process finds, bit for bit.
+        """
+        counts = [int(found) for [found] in self.gather([torch.tensor(len(rows))])]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyones = [found for [found] in self.gather([padded])]
+        return torch.stack(everyones, 1).flatten(0, 1)[: sum(counts)]
+
     def agree(self, text: str) -> str:
         """The first rank's answer, on every rank; at most 64 ASCII characters."""
         if self.size == 1:
@@ -147,13 +161,68 @@ def launched() -> Ranks:
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def check_interface(variable: str) -> None:
+    """Raise DistributedError where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME asks for an interface that isn't here.
+
+    gloo takes names, commas between them. NCCL takes beginnings of names, of which one has to fit: = before them makes
+    them whole names, ^ before that leaves them out.
+    """
+    asked, there = os.environ.get(variable, ""), [name for _, name in socket.if_nameindex()]
+    if variable == "GLOO_SOCKET_IFNAME":
+        absent = [name for name in asked.split(",") if asked and name not in there]
+    else:
+        listed = asked.removeprefix("^")
+        words = [word.partition(":")[0] for word in listed.removeprefix("=").split(",") if word]
+        exact = listed.startswith("=")
+        fitting = [name for name in there if any(name == w if exact else name.startswith(w) for w in words)]
+        left = [name for name in there if name not in fitting] if asked.startswith("^") else fitting
+        absent = [asked] if words and not left else []
+    if absent:
+        raise DistributedError(
+            f"{variable}={asked}: no network interface here fits {' or '.join(absent)}; there are {', '.join(there)}. "
+            "Name one that joins the nodes (launch/env.sh), or leave the variable out"
+        )
+
+
+def meet(patience: timedelta = dist.default_pg_timeout) -> dist.Store:
+    """Where the launched ranks leave word for each other. Raises DistributedError where they don't find together."""
+    port = os.environ.get("MASTER_PORT")
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise DistributedError(
+                f"MASTER_PORT={port} is in use on this node, the first rank's; give another one, such as "
+                f"MASTER_PORT={int(port or 0) + 1} (torchrun: --master-port), or end the process that listens there"
+            ) from error
+        ranks = launched()
+        raise DistributedError(
+            f"rank {ranks.rank} of {ranks.size} found no way to the first one, MASTER_ADDR="
+            f"{os.environ.get('MASTER_ADDR')} MASTER_PORT={port} ({reason}); start all ranks by torchrun, or set both "
+            "on every node, and see that this address and port can be reached from it"
+        ) from error
+    return store
+
+
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """The launched ranks, which can talk to each other (gloo) inside the block."""
+def joined(store: dist.Store | None = None) -> Iterator[Ranks]:
+    """The launched ranks, which can talk to each other (gloo) inside the block. `store`: that they have met in."""
     ranks = launched()
     own = ranks.size > 1 and not dist.is_initialized()
     if own:
-        dist.init_process_group(backend())
+        check_interface("GLOO_SOCKET_IFNAME")
+        if "nccl" in backend():
+            check_interface("NCCL_SOCKET_IFNAME")
+        try:
+            dist.init_process_group(
+                backend(), store=meet() if store is None else store, rank=ranks.rank, world_size=ranks.size
+            )
+        except RuntimeError as error:
+            raise DistributedError(
+                f"rank {ranks.rank} of {ranks.size} can't talk to the others by gloo ({str(error).splitlines()[0]}); "
+                "if a rank ended, its own message says why; else name the network in GLOO_SOCKET_IFNAME (launch/env.sh)"
+            ) from error
     try:
         yield ranks
     finally:
@@ -166,14 +235,13 @@ def refuse_several_ranks(what: str = "this stage") -> None:
     world = launched().size
     if world > 1:
         raise ConfigError(
-            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score and stage=distill in "
-            "several; start it without torchrun, or with 1 rank"
+            f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score, "
+            "stage=distill and stage=evaluate in several; start it without torchrun, or with 1 rank"
         )
 
 
-def check_layout(shard_ranks: int | None) -> int:
-    """How many of the launched ranks share a model. Raises ConfigError where the others can't be copies of those."""
-    world = launched().size
+def check_layout(shard_ranks: int | None, world: int) -> int:
+    """How many of `world` ranks share a model. Raises ConfigError where the others can't be copies of those."""
     share = world if shard_ranks is None else shard_ranks
     if world % share:
         legal = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
@@ -188,7 +256,7 @@ def check_layout(shard_ranks: int | None) -> int:
 def device_mesh(shard_ranks: int | None, device: torch.device = CPU) -> Iterator[tuple[Ranks, DeviceMesh]]:
     """The launched ranks, which can talk to each other inside the block, and the mesh of their devices: (shard,), or
     (replicate, shard) where a model is shared by some of them only. One process needs no launcher."""
-    share = check_layout(shard_ranks)
+    share = check_layout(shard_ranks, launched().size)
     if launched().size == 1:
         with single_process_mesh(device) as mesh:
             yield ALONE, mesh
@@ -205,6 +273,7 @@ def single_process_mesh(device: torch.device = CPU) -> Iterator[DeviceMesh]:
     refuse_several_ranks()
     own = not dist.is_initialized()
     if own:
+        check_interface("GLOO_SOCKET_IFNAME")
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh(device.type, (1,), mesh_dim_names=("shard",))
@@ -243,14 +312,18 @@ def shard(
 ) -> None:
     """FSDP2 in place: one unit per decoder layer, the rest (embedding, norm, head) with the root.
 
-    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32. `fill`
-    (`streaming.streamed_model`) gives each unit its weights just before it is split, so that of a model that is shared
+    Parameters must be float32: they are the master weights. Gradients are accumulated and reduced in float32. The
+    routers of a mixture are units of their own, which the compute dtype doesn't concern. `fill`
+    (`streaming.streamed_model`) gives each layer its weights just before it is split, so that of a model that is shared
     no rank holds more than its part and one whole unit.
     """
     mixed = compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
     )
+    routers = routers_of(step_module) if mixed else []
+    for router in routers:
+        fully_shard(router, mesh=mesh, reshard_after_forward=False)
     # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
     for number, layer in enumerate(layers):
         fill(number)
@@ -258,10 +331,11 @@ def shard(
     fill(None)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if mesh.size() == 1:
-        layered = {parameter for layer in layers for parameter in layer.parameters()}
-        outside = [parameter for parameter in step_module.parameters() if parameter not in layered]
-        units: list[tuple[Any, list[nn.Parameter]]] = [(layer, list(layer.parameters())) for layer in layers]
-        for unit, parameters in [*units, (step_module, outside)]:
+        taken: set[nn.Parameter] = set()
+        units: list[Any] = [*routers, *layers, step_module]
+        for unit in units:
+            parameters = [parameter for parameter in unit.parameters() if parameter not in taken]
+            taken.update(parameters)
             if hasattr(unit, "set_custom_reduce_scatter"):
                 unit.set_custom_reduce_scatter(_NothingToReduce(parameters))
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from compress import (
     cache,
     distill,
+    doctor,
     evaluate,
     export,
     plan,
@@ -51,10 +52,11 @@ from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
 from compress.signals import check_student
-from compress.stages import STAGES, chosen_stages, left_out, run_dir_of
+from compress.stages import ON_RANKS, STAGES, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
 from compress.training_rules import check_ranks
+from compress.watchdog import watching
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +75,8 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = run_dir_of(config)
-    if config.stage is Stage.distill:
-        check_layout(config.cluster.shard_ranks)
+    if config.stage in (Stage.all, Stage.distill) and Stage.distill in chosen_stages(config):
+        check_layout(config.cluster.shard_ranks, launched().size)
         check_ranks(config, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
@@ -84,7 +86,10 @@ def run(config: CompressConfig) -> None:
     if config.stage is Stage.plan:
         _print_all(plan.run(config))
         return
-    if config.stage not in (Stage.score, Stage.distill):
+    if config.stage is Stage.doctor:
+        doctor.run(config, run_dir)
+        return
+    if config.stage not in ON_RANKS:
         refuse_several_ranks(f"stage={config.stage}")
     if config.stage is Stage.selftest:
         _print(selftest.run(config))
@@ -92,7 +97,7 @@ def run(config: CompressConfig) -> None:
         if table is not None:
             _print(table)
         return
-    with joined() as ranks:
+    with joined() as ranks, watching(config.cluster.stall_seconds if ranks.size > 1 else None):
         check_agreement(config, run_dir, ranks)
         _run_stages(config, run_dir)
 
@@ -118,6 +123,8 @@ def _run_stages(config: CompressConfig, run_dir: Path) -> None:
     for stage in todo:
         if stage is not Stage.tokenize:
             run_stage(config, run_dir, stage, expected)
+    if not launched().is_main:
+        return
     if Stage.evaluate in chosen:
         _print(evaluate.table(config, run_dir))
     elif chosen[-1] is Stage.prune:
@@ -186,7 +193,7 @@ def _run_rounds(config: CompressConfig) -> None:
     """The rounds one after the other, each a run of its own in run_dir/round_N, over the same tokens."""
     numbers = list(range(1, len(config.rounds) + 1))
     chosen = numbers if config.round is None else [config.round]
-    if config.stage is Stage.selftest:
+    if config.stage in (Stage.selftest, Stage.doctor):
         run(round_config(config, chosen[0]))
         return
     if config.stage in (Stage.plan, Stage.status):
@@ -219,7 +226,7 @@ def _run_siblings(config: CompressConfig) -> None:
     """The siblings up to prune one after the other, distill together, then each to its end; tokens and score once."""
     members = [sibling_config(config, sibling.name) for sibling in config.siblings]
     if config.stage is not Stage.all:
-        for one in members[:1] if config.stage is Stage.selftest else members:
+        for one in members[:1] if config.stage in (Stage.selftest, Stage.doctor) else members:
             run(one)
         return
     order = [Stage.tokenize, Stage.score, Stage.search, Stage.prune]
@@ -292,6 +299,14 @@ def _check_models(config: CompressConfig) -> None:
             raise ConfigError(
                 f"distill.objectives[{number}].k={k} must be within 1 and vocab_size={vocabulary} of the teacher "
                 f"{teacher}; set it lower"
+            )
+    if config.distill.balance_loss:
+        elsewhere = config.distill.init_from
+        found = read_config(Path(elsewhere).expanduser() if elsewhere else source_of(config), trust)
+        if not found.shape.num_experts:
+            raise ConfigError(
+                f"distill.balance_loss={config.distill.balance_loss} balances the load of experts, and a "
+                f"{found.family.title} model has none; set distill.balance_loss=0"
             )
     if needs_hidden_states(config.distill.objectives):
         check_terms(config.distill.objectives, *_known_of(config))

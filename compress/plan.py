@@ -80,14 +80,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
 
     `source`: what is pruned where it isn't there yet; None = prune.source or the teacher.
     """
-    trust = config.teacher.trust_remote_code
-    teacher = read_config(teacher_of(config, config_only=True), trust)
-    if source is None:
-        source = read_config(Path(config.prune.source).expanduser(), trust) if config.prune.source else teacher
-    if config.distill.init_from:
-        student = read_config(Path(config.distill.init_from).expanduser(), trust).shape
-    else:
-        student = _student(config, source)
+    teacher, student = _models_of(config, source)
     cluster, num_gpus = config.cluster, config.cluster.num_nodes * config.cluster.gpus_per_node
     phases = phase_settings(config)
     for batch in (phase["global_batch_size"] for phase in phases):
@@ -96,17 +89,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
                 f"distill.global_batch_size={batch} is no multiple of {max(1, num_gpus)} ranks "
                 f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
             )
-    longest = max(phase["sequence_length"] for phase in phases)
-    layout = Layout(
-        teacher_runs=asks_teacher(config),
-        num_ranks=max(1, num_gpus),
-        micro_batch_size=config.distill.micro_batch_size,
-        sequence_length=longest,
-        recompute=config.distill.recompute,
-        compute_bytes=_item_bytes(config, num_gpus),
-        on_cpu=not num_gpus,
-        moment_bytes=_moment_bytes(config),
-    )
+    layout = _layout(config, max(1, num_gpus), num_gpus)
     if cluster.memory_bytes is not None:
         limit = int(cluster.memory_bytes)
     elif not num_gpus:
@@ -126,6 +109,39 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
     )  # fmt: skip
     _check_fits(config, made)
     return made
+
+
+def needs(config: CompressConfig, num_ranks: int) -> tuple[tuple[str, int], dict[str, int]]:
+    """What training on CPUs takes whose `num_ranks` share a model: (moment, bytes) of a rank's peak, and disk by part.
+
+    Raises ConfigError as `make_plan` does, but not for what doesn't fit.
+    """
+    teacher, student = _models_of(config, None)
+    return _peak(_step_memory(config, teacher, student, _layout(config, num_ranks, 0))), _disk(config, teacher, student)
+
+
+def _models_of(config: CompressConfig, source: ModelInfo | None) -> tuple[ModelInfo, Shape]:
+    """The teacher, and the shape of the student that is cut from `source`."""
+    trust = config.teacher.trust_remote_code
+    teacher = read_config(teacher_of(config, config_only=True), trust)
+    if config.distill.init_from:
+        return teacher, read_config(Path(config.distill.init_from).expanduser(), trust).shape
+    if source is None:
+        source = read_config(Path(config.prune.source).expanduser(), trust) if config.prune.source else teacher
+    return teacher, _student(config, source)
+
+
+def _layout(config: CompressConfig, num_ranks: int, num_gpus: int) -> Layout:
+    return Layout(
+        teacher_runs=asks_teacher(config),
+        num_ranks=num_ranks,
+        micro_batch_size=config.distill.micro_batch_size,
+        sequence_length=max(phase["sequence_length"] for phase in phase_settings(config)),
+        recompute=config.distill.recompute,
+        compute_bytes=_item_bytes(config, num_gpus),
+        on_cpu=not num_gpus,
+        moment_bytes=_moment_bytes(config),
+    )
 
 
 def _step_memory(

@@ -14,6 +14,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from compress.watchdog import progressed
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
@@ -38,6 +40,7 @@ def track(
     global _showing
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
+    iterable = _noted(iterable)
     if _showing:
         yield from iterable
         return
@@ -46,6 +49,12 @@ def track(
         yield from (_bar if console.is_terminal else _lines)(iterable, description, total, unit, amount)
     finally:
         _showing = False
+
+
+def _noted(iterable: Iterable[T]) -> Iterator[T]:
+    for item in iterable:
+        yield item
+        progressed()
 
 
 def _bar(

@@ -34,7 +34,8 @@ from compress.settings import (
 )
 from compress.training_rules import check_training, is_positive
 
-_JOB_COUNTS = ("num_nodes", "ranks_per_node", "cpus")
+_BESIDE = (Stage.plan, Stage.status, Stage.selftest, Stage.doctor)  # what is asked of a run, beside its own stages
+_JOB_COUNTS = ("num_nodes", "ranks_per_node", "cpus", "submissions")
 _Rule = tuple[Callable[[Any], bool], str, str]  # what must hold of a value, in words, the keys
 
 
@@ -77,9 +78,9 @@ _RULES: tuple[_Rule, ...] = (
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
         "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
-        "cluster.price_per_gpu_hour correct.learning_rate",
+        "cluster.price_per_gpu_hour cluster.stall_seconds correct.learning_rate",
     ),
-    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay"),
+    (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay distill.balance_loss"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio correct.min_gain"),
     (
         lambda v: 0 <= v < 1,
@@ -112,7 +113,7 @@ def check(config: CompressConfig) -> None:
             value = operator.attrgetter(key)(config)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value} {text}")
-    if config.until in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
+    if config.until in (Stage.all, *_BESIDE):
         raise ConfigError(
             f"until={config.until} is no stage to stop after; choose one from tokenize to evaluate, or null"
         )
@@ -230,7 +231,7 @@ def _check_siblings(config: CompressConfig) -> None:
             "prune.*, distill.init_from and export.step belong to a single student; give prune inside of siblings, or "
             "set siblings=[]"
         )
-    if config.stage not in (Stage.all, Stage.plan, Stage.status, Stage.selftest):
+    if config.stage not in (Stage.all, *_BESIDE):
         raise ConfigError(
             f"stage={config.stage}: siblings run all their stages, those that are done skipped; leave it out, or stop "
             "after one with until="
@@ -271,6 +272,7 @@ def correction_config(config: CompressConfig, teacher: str, phases: int = 2) -> 
         objectives=[TermConfig(ObjectiveName.cross_entropy)],
         optimizer=Optimizer.adamw,
         learning_rate=settings.learning_rate,
+        balance_loss=0.0,
         ema_decay=None,
         keep_best=False,
         validate_steps=None,

@@ -32,6 +32,7 @@ class Stage(StrEnum):
     plan = "plan"
     status = "status"
     selftest = "selftest"
+    doctor = "doctor"
 
 
 class LossOn(StrEnum):
@@ -315,6 +316,7 @@ class DistillConfig:
     decay_share: float = 0.2  # of all steps, the decay at the end of a wsd curve
     warmup_steps: int = 8
     weight_decay: float = 0.0
+    balance_loss: float = 0.0  # weight of the load balancing loss of a mixture's experts (compress/routing.py)
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -358,6 +360,7 @@ class JobConfig:
     time: str | None = None  # as sbatch takes it, such as 1-12:00:00
     cpus: int | None = None  # of a node; none = the site's default
     memory: str | None = None  # of a node, such as 64G
+    submissions: int = 1  # jobs in a row that share the work, where a site allows no requeue; 1 = one that is requeued
 
 
 @dataclass
@@ -383,6 +386,7 @@ class ClusterConfig:
     ranks_per_node: int = 1  # processes of a distributed stage
     time: str = "04:00:00"  # of a job, as sbatch takes it
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    stall_seconds: float | None = 1800.0  # without progress, after which one of several ranks ends; none = never
     shard_ranks: int | None = None  # that share a model (FSDP2); further ones hold copies (HSDP); none = all
     device: Device = Device.auto  # of distill; the other stages compute on the CPU
     gpus_per_node: int = 0  # 0 = the CPU trains

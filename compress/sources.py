@@ -146,7 +146,7 @@ def split_source(
     if max_records is not None and max_records < 1:
         raise ConfigError(f"{key}.max_records={max_records} must be at least 1, or null for all")
     path = str(Path(path).expanduser()) if path.startswith("~") else path
-    files = _files(key, path)
+    files = source_files(key, path)
     if files is None:
         return _dataset_parts(key, path, records_per_part, cache_dir, subset, split, max_records)
     parts: list[Part] = []
@@ -187,8 +187,9 @@ def local_files(path: str) -> list[str]:
     return sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
 
 
-def _files(key: str, path: str) -> list[str] | None:
-    """The sorted files behind a path or glob; none where it is for `datasets`."""
+def source_files(key: str, path: str) -> list[str] | None:
+    """The sorted files behind a path or glob; none where it is for `datasets`. Raises ConfigError for what is missing
+    or of an unknown kind."""
     suffixes = ", ".join(_SUFFIXES)
     if Path(path).is_file():
         if not path.endswith(_SUFFIXES):

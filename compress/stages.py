@@ -41,12 +41,12 @@ class StageEntry:
 _TRAINING = (
     "num_tokens phases global_batch_size objectives optimizer learning_rate muon_learning_rate min_learning_rate_ratio "
     "learning_rate_curve decay_share "
-    "warmup_steps compile stop_slope ema_decay weight_decay beta1 beta2 epsilon max_gradient_norm"
+    "warmup_steps compile stop_slope ema_decay weight_decay balance_loss beta1 beta2 epsilon max_gradient_norm"
 )
 TRAINING_KEYS = tuple(f"distill.{key}" for key in _TRAINING.split())
 _LATER = "num_tokens phases stop_slope ema_decay min_learning_rate_ratio compile"  # not of a candidate's training
 LATER_KEYS = tuple(f"distill.{key}" for key in _LATER.split())
-_OWN_KEYS = "num_tokens phases objectives optimizer learning_rate muon_learning_rate stop_slope ema_decay"
+_OWN_KEYS = "num_tokens phases objectives optimizer learning_rate muon_learning_rate stop_slope ema_decay balance_loss"
 _CORRECTION_KEYS = tuple(key for key in TRAINING_KEYS if key.removeprefix("distill.") not in _OWN_KEYS.split())
 # Adapters follow the cut: one that turns out to have lost every layer can be left out without another search.
 _SEARCHED_KEYS = tuple(f"prune.{key.name}" for key in dataclasses.fields(PruneConfig) if key.name != "adapters")
@@ -105,6 +105,9 @@ STAGES: dict[Stage, StageEntry] = {
         evaluate.folder_name,
     ),
 }  # fmt: skip
+
+
+ON_RANKS = (Stage.score, Stage.distill, Stage.evaluate)  # the others are one process
 
 
 def chosen_stages(config: CompressConfig) -> list[Stage]:

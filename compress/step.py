@@ -28,6 +28,7 @@ from compress.objectives.hidden import Inside
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
 from compress.parallel import ALONE, Ranks, gathered_once
+from compress.routing import Balance, ExpertLoad, hearing, in_float32, tally
 from compress.tokens import TokenBatch
 
 
@@ -114,19 +115,32 @@ class StudentModule(nn.Module):
         self.model, self.compiled = model, compiled
         self.projections = nn.ParameterDict() if projections is None else projections  # trained, never exported
         self.head_seconds = 0.0  # spent in heads and objectives since the module was made
+        self.routers = in_float32(model)
+        self.tallies: list[Tensor] = []  # of each forward in training, what `tally` says; none of a dense model
 
     def forward(
-        self, batch: TokenBatch, signal: Signal, terms: Sequence[Term], scales: Sequence[float]
+        self,
+        batch: TokenBatch,
+        signal: Signal,
+        terms: Sequence[Term],
+        scales: Sequence[float],
+        balance: Balance | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(the scaled sum to differentiate, each term's own sum (K,), the final hidden states (N, D), detached)."""
-        with recording(self.model, listening(terms, to_teacher=False), batch.loss_mask) as recorded:
+        wanted = listening(terms, to_teacher=False)
+        with recording(self.model, wanted, batch.loss_mask) as recorded, hearing(self.routers) as heard:
             hidden_ND = trunk(self.model, batch)[batch.loss_mask]
+        valid_N = batch.valid_mask.flatten()
+        if self.routers:
+            self.tallies.append(tally(heard, valid_N))
         of_logits = [n for n, term in enumerate(terms) if not needs_hidden_states([term])]
         if of_logits:
             chosen = [terms[n] for n in of_logits], [scales[n] for n in of_logits]
             loss, sums = self._of_logits(batch, hidden_ND, signal, *chosen)
         else:  # the final states go into the loss all the same: every unit of FSDP2 must meet its backward
             loss, sums = 0 * hidden_ND.sum(dtype=torch.float32), hidden_ND.new_zeros(0, dtype=torch.float32)
+        if balance is not None:
+            loss = loss + balance.loss(heard, valid_N)
         if len(of_logits) == len(terms):
             return loss, sums, hidden_ND.detach()
         assert isinstance(signal, DenseSignal)
@@ -177,23 +191,25 @@ class StudentModule(nn.Module):
 class StepLoss:
     """What one global batch said: the loss, each term's mean in its own unit, the loss tokens of all ranks.
 
-    teacher_seconds: of this rank, waiting for the teacher's signals.
+    teacher_seconds: of this rank, waiting for the teacher's signals. experts: of a mixture.
     """
 
     loss: float
     terms: tuple[float, ...]
     num_tokens: int
     teacher_seconds: float = 0.0
+    experts: ExpertLoad | None = None
 
 
 def accumulate_gradients(
-    student: nn.Module,
+    student: StudentModule,
     teacher: TeacherSource,
     micro_batches: Iterable[TokenBatch],
     terms: Sequence[Term],
     ranks: Ranks = ALONE,
     keep: list[Tensor] | None = None,
     whole_window: bool = False,
+    balance: Balance | None = None,
 ) -> StepLoss:
     """Forward and backward over one global batch, of which every rank is given its own micro-batches.
 
@@ -207,9 +223,13 @@ def accumulate_gradients(
         keep: the final hidden states (N, D) of each micro-batch are appended to it, for `teacher.PreviousSelf`.
         whole_window: the teacher answers everything before the student begins: a sharded one is gathered once for all
             of it, at the price of having all of it and as many final hidden states (N, E).
+        balance: of a mixture, a further term; it keeps this batch's loads for the next one.
     """
     window = list(micro_batches)
-    counts_K, num_tokens = _counts(window, teacher, terms, ranks)
+    counts_K, num_tokens, num_valid = _counts(window, teacher, terms, ranks)
+    student.tallies.clear()
+    if balance is not None:
+        balance.begin(num_valid, ranks.size)
     # FSDP2 averages gradients over the ranks, and the loss is a sum over them.
     scales = [t.factor * ranks.size / count if count else 0.0 for t, count in zip(terms, counts_K, strict=True)]
     sums_K = torch.zeros(len(terms), dtype=torch.float64)
@@ -228,15 +248,19 @@ def accumulate_gradients(
         signal = teacher.signal(batch) if signals is None else signals[index]
         teacher_seconds += time.perf_counter() - began
         said = [number for number, term in enumerate(terms) if signal is not None or _labels_only(term)]
-        loss, sums, hidden_ND = student(batch, signal, [terms[n] for n in said], [scales[n] for n in said])
+        loss, sums, hidden_ND = student(batch, signal, [terms[n] for n in said], [scales[n] for n in said], balance)
         loss.backward()
         sums_K = sums_K.index_add(0, torch.tensor(said, dtype=torch.int64), sums.to("cpu", torch.float64))
         if keep is not None:
             keep.append(hidden_ND)
-    [sums_K] = ranks.sums([sums_K])
+    sums_K, *routed = ranks.sums([sums_K, *([torch.stack(student.tallies).sum(0)] if student.tallies else [])])
     means = [total / count if count else 0.0 for total, count in zip(sums_K.tolist(), counts_K, strict=True)]
     loss = sum(term.factor * mean for term, mean in zip(terms, means, strict=True))
-    return StepLoss(loss, tuple(means), num_tokens, teacher_seconds)
+    experts = ExpertLoad(routed[0][0], routed[0][1], num_valid) if routed else None
+    if balance is not None and experts is not None:
+        loss += balance.weight * experts.balance_loss
+        balance.counts_LE.copy_(experts.counts_LE)
+    return StepLoss(loss, tuple(means), num_tokens, teacher_seconds, experts)
 
 
 def _labels_only(term: Term) -> bool:
@@ -245,17 +269,18 @@ def _labels_only(term: Term) -> bool:
 
 def _counts(
     window: list[TokenBatch], teacher: TeacherSource, terms: Sequence[Term], ranks: Ranks
-) -> tuple[list[float], int]:
+) -> tuple[list[float], int, int]:
     """Of every rank's window: over how many loss tokens, or pairs of them, each term is a mean, which are those that it
-    says something about; and all loss tokens."""
-    counts_K, num_tokens = torch.zeros(len(terms), dtype=torch.float64), 0
+    says something about; all loss tokens; and all tokens that aren't padding."""
+    counts_K, num_tokens, num_valid = torch.zeros(len(terms), dtype=torch.float64), 0, 0
     of_pairs = [OBJECTIVES[term.objective].pairs for term in terms]
     for batch in window:
         tokens, answered = int(batch.loss_mask.sum()), teacher.answers(batch)
         pairs = int(_paired(batch.loss_mask).sum()) if any(of_pairs) else 0
         num_tokens += tokens
+        num_valid += int(batch.valid_mask.sum())
         for number, term in enumerate(terms):
             if answered or _labels_only(term):
                 counts_K[number] += pairs if of_pairs[number] else tokens
-    counts_K, total = ranks.sums([counts_K, torch.tensor(num_tokens)])
-    return counts_K.tolist(), int(total)
+    counts_K, totals = ranks.sums([counts_K, torch.tensor([num_tokens, num_valid])])
+    return counts_K.tolist(), int(totals[0]), int(totals[1])

@@ -29,6 +29,7 @@ from compress.devices import CPU
 from compress.errors import ArtifactError
 from compress.folders import read_model
 from compress.models import decoder_layers, empty_model, kernels_for, soft_cap_
+from compress.routing import in_float32
 from compress.slicing import largest_layer_bytes
 from compress.step import packed_masks
 from compress.tokens import TokenBatch
@@ -92,6 +93,7 @@ class LayerStream:
         wrong = [*sorted(absent), *map(str, facts["unexpected_keys"]), *map(str, facts["mismatched_keys"])]
         if wrong:
             raise ArtifactError(f"{self.info.folder}: {what} doesn't load: {wrong[:3]}; fetch or make it again")
+        in_float32(model)
         return model.eval().requires_grad_(False)
 
     def fill(self, model: PreTrainedModel, number: int | None, device: torch.device = CPU) -> None:

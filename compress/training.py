@@ -20,6 +20,7 @@ from compress.optimizer import LocalOptimizer
 from compress.parallel import ALONE, Ranks
 from compress.phases import Phase, Progress, phases_of
 from compress.recovery import has_levelled, steps_after_stop
+from compress.routing import Balance
 from compress.schedules import between, progress_after
 from compress.settings import CompressConfig, Curve, DistillConfig, Optimizer, TeacherMode
 from compress.step import StudentModule
@@ -141,15 +142,30 @@ def optimizer_of(student: nn.Module, settings: DistillConfig) -> LocalOptimizer:
     )
 
 
+def balance_of(student: StudentModule, settings: DistillConfig) -> Balance | None:
+    """The balance loss, where it is asked for. Raises ConfigError for a student without routers as transformers has
+    them."""
+    if not settings.balance_loss:
+        return None
+    if not student.routers:
+        raise ConfigError(
+            f"distill.balance_loss={settings.balance_loss} needs routers whose choices can be counted, and the student "
+            f"(model_type={student.model.config.model_type}) has none; set distill.balance_loss=0"
+        )
+    return Balance(settings.balance_loss, student.routers)
+
+
 def training_state(
     student: nn.Module,
     optimizer: LocalOptimizer,
     average: MovingAverage | None = None,
     previous: PreviousSelf | None = None,
+    balance: Balance | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a training goes on from, beside its facts; tensors of the training itself, to be loaded into."""
     return {
         **(previous.state() if previous else {}),
+        **(balance.state() if balance else {}),
         **{f"model/{name}": p for name, p in student.named_parameters()},
         **{f"optimizer/{key}": value for key, value in optimizer.state().items()},
         **{f"average/{name}": value for name, value in (average.state() if average else {}).items()},
@@ -162,6 +178,7 @@ def resume(
     optimizer: LocalOptimizer,
     average: MovingAverage | None = None,
     previous: PreviousSelf | None = None,
+    balance: Balance | None = None,
 ) -> dict[str, Any]:
     """Load the newest whole checkpoint in place, random numbers too; returns its facts (none without one)."""
     found = checkpoint.newest(folder)
@@ -171,7 +188,7 @@ def resume(
     if previous is not None:
         device = next(student.parameters()).device
         previous.restore(checkpoint.empties(path, PREVIOUS, device), output_head(student.model))
-    checkpoint.load(path, training_state(student, optimizer, average, previous), restore_rng=True)
+    checkpoint.load(path, training_state(student, optimizer, average, previous, balance), restore_rng=True)
     return facts
 
 

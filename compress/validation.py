@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from compress.errors import ConfigError
+from compress.parallel import ALONE, Ranks
 from compress.settings import CompressConfig, set_name
 from compress.step import StudentModule
 from compress.teacher import RememberedTeacher, Teacher
@@ -37,24 +38,37 @@ def validation_batches(config: CompressConfig, run_dir: Path) -> dict[str, list[
     return found
 
 
+def own_share(batches: Sequence[TokenBatch], ranks: Ranks) -> list[TokenBatch]:
+    """The batches that are dealt to this rank. Where it is short of one that others have, the first of all again: ranks
+    that share a model go through it together."""
+    most = -(-len(batches) // ranks.size)
+    return [*ranks.mine(batches), batches[0]][:most]
+
+
 @torch.no_grad()
 def validate(
-    student: StudentModule, teacher: Teacher | RememberedTeacher, sets: Mapping[str, Sequence[TokenBatch]]
+    student: StudentModule,
+    teacher: Teacher | RememberedTeacher,
+    sets: Mapping[str, Sequence[TokenBatch]],
+    ranks: Ranks = ALONE,
 ) -> Figures:
     """For each set kl_to_teacher and loss (nats per token), and top1_agreement (share of tokens).
 
-    Weights, random numbers and the mode of the student are as before.
+    Every rank takes its `own_share` of a set; all return the same. Weights, random numbers and the mode of the student
+    are as before.
     """
     result = {}
     with torch.random.fork_rng(devices=[]):
         student.eval()
         try:
             for name, batches in sets.items():
-                sums, count = torch.zeros(3, dtype=torch.float64), 0
-                for batch in batches:
-                    sums += student.figures(batch, teacher.signal(batch))
-                    count += int(batch.loss_mask.sum())
-                kl, loss, same = (sums / count).tolist()
+                rows = []
+                for batch in own_share(batches, ranks):
+                    tokens = batch.loss_mask.sum()[None].double()
+                    rows.append(torch.cat([student.figures(batch, teacher.signal(batch)), tokens]))
+                counted = len(list(ranks.mine(batches)))
+                total = ranks.in_order(torch.stack(rows)[:counted]).sum(0)
+                kl, loss, same = (total[:-1] / total[-1]).tolist()
                 result[name] = {"kl_to_teacher": kl, "loss": loss, "top1_agreement": same}
         finally:
             student.train()

@@ -15,6 +15,8 @@ COMPRESS_MOUNTS=${COMPRESS_MOUNTS:-}          # such as /lustre:/lustre
 COMPRESS_GRACE=${COMPRESS_GRACE:-300}
 # Tries in a row that may pass without a newly committed step.
 COMPRESS_TRIES=${COMPRESS_TRIES:-3}
+# Seconds that stage=doctor may take to look at the nodes before a stage on several; a job with less time goes without. 0: never.
+COMPRESS_DOCTOR=${COMPRESS_DOCTOR:-600}
 
 # The network between nodes, where NCCL or gloo choose the wrong one.
 # export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0

@@ -35,21 +35,34 @@ if [[ -z $dry ]]; then
 fi
 
 previous=
-while IFS=$'\t' read -r stage nodes ranks time cpus memory; do
-  read -r -a options <<< "$COMPRESS_SBATCH"
-  options+=(--parsable "--job-name=compress-$stage" "--nodes=$nodes" --ntasks-per-node=1 "--time=$time" --requeue
-            --open-mode=append "--signal=B:USR1@$COMPRESS_GRACE" "--output=$run_dir/logs/%x-%j.log" "--chdir=$run_dir"
-            "--export=ALL,COMPRESS_RUN_DIR=$run_dir,COMPRESS_RANKS=$ranks")
-  [[ $cpus == - ]] || options+=("--cpus-per-task=$cpus")
-  [[ $memory == - ]] || options+=("--mem=$memory")
-  [[ -z $previous ]] || options+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
-  command=(sbatch "${options[@]}" "$code/launch/stage.sbatch" "$@" "stage=$stage")
-  if [[ -n $dry ]]; then
-    printf '%q ' "${command[@]}"; echo
-    previous=ID_OF_${stage^^}
-  else
-    previous=$("${command[@]}")
-    previous=${previous%%;*}   # a federation adds its cluster's name
-    echo "$stage $previous"
-  fi
+chain=$(date +%s)-$$   # of this submission
+while IFS=$'\t' read -r stage nodes ranks time cpus memory submissions; do
+  before=$previous
+  for ((link = 1; link <= submissions; link++)); do
+    read -r -a options <<< "$COMPRESS_SBATCH"
+    given=ALL,COMPRESS_RUN_DIR=$run_dir,COMPRESS_RANKS=$ranks
+    waits=${before:+afterok:$before}
+    if ((submissions == 1)); then
+      options+=(--requeue)
+    else   # each goes on from the one before, however that ended; when that was done, it ends at once
+      options+=(--no-requeue)
+      given+=,COMPRESS_CHAIN=$chain-$stage,COMPRESS_LINK=$link
+      ((link == 1)) || waits=${waits:+$waits,}afterany:$previous
+    fi
+    options+=(--parsable "--job-name=compress-$stage" "--nodes=$nodes" --ntasks-per-node=1 "--time=$time"
+              --open-mode=append "--signal=B:USR1@$COMPRESS_GRACE" "--output=$run_dir/logs/%x-%j.log"
+              "--chdir=$run_dir" "--export=$given")
+    [[ $cpus == - ]] || options+=("--cpus-per-task=$cpus")
+    [[ $memory == - ]] || options+=("--mem=$memory")
+    [[ -z $waits ]] || options+=("--dependency=$waits" --kill-on-invalid-dep=yes)
+    command=(sbatch "${options[@]}" "$code/launch/stage.sbatch" "$@" "stage=$stage")
+    if [[ -n $dry ]]; then
+      printf '%q ' "${command[@]}"; echo
+      previous=ID_OF_${stage^^}
+    else
+      previous=$("${command[@]}")
+      previous=${previous%%;*}   # a federation adds its cluster's name
+      echo "$stage $previous"
+    fi
+  done
 done < <(tail -n +2 <<< "$jobs")

@@ -33,6 +33,8 @@ FAST = (
     "evaluate.max_tokens=1024",
     "evaluate.generate_tokens=2",
 )
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="libfaketime isn't there (Debian's package libfaketime)")
 Run = Callable[..., None]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

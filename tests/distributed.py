@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from conftest import environment
 
 
-def _port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -35,12 +35,13 @@ def _rank(rank: int, function: Callable[..., None], size: int, port: int, argume
 
 def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call function(*arguments) on every rank of a group of `size` processes; raises what the first one raised."""
-    mp.spawn(_rank, (function, size, _port(), arguments), nprocs=size)
+    mp.spawn(_rank, (function, size, free_port(), arguments), nprocs=size)
 
 
 def torchrun(size: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node SIZE -m compress ...` as users start it."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={_port()}"]
+    port = f"--master-port={free_port()}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", port]
     return subprocess.run(
         [*launcher, "-m", "compress", *arguments],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=180, check=False,

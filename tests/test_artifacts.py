@@ -22,7 +22,6 @@ from compress.artifacts import (
     open_tensors,
     read_json,
     replace_contents,
-    run_lock,
     save_tensors,
     write_atomic,
     write_json,
@@ -213,34 +212,3 @@ def test_a_large_file_is_sampled_from_end_to_end(place: int, tmp_path: Path) -> 
 def test_the_fingerprint_of_settings_knows_no_order_but_every_value() -> None:
     assert fingerprint({"a": 1, "b": [2, None]}) == fingerprint({"b": [2, None], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 1.5}) != fingerprint({"a": "1"})
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from compress.artifacts import run_lock
-with run_lock(Path(sys.argv[1]), "prune"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_the_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ArtifactError, match=rf"prune is being written by process {holder.pid} .*another name="),
-            run_lock(tmp_path, "prune"),
-        ):
-            pass
-        with run_lock(tmp_path, "export"):  # another stage of the same run is free
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
-    with run_lock(tmp_path, "prune"):
-        pass

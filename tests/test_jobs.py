@@ -24,7 +24,7 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
     usual = (1, 1, "04:00:00")
     assert asked == {
         "tokenize": usual, "score": (1, 2, "04:00:00"), "prune": usual, "distill": (2, 2, "1-00:00:00"),
-        "export": usual, "evaluate": usual,
+        "export": usual, "evaluate": (2, 2, "04:00:00"),
     }  # fmt: skip
 
 
@@ -34,6 +34,8 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
         (["run_dir=runs/x"], "run_dir=runs/x must be an absolute path"),
         (["cluster.jobs.distill.cpus=0"], "cluster.jobs.distill.cpus=0 must be at least 1"),
         (["cluster.jobs.prune.num_nodes=2"], "cluster.jobs.prune asks for 2 nodes of 1 ranks, and the stage is one"),
+        (["cluster.jobs.distill.submissions=0"], "cluster.jobs.distill.submissions=0 must be at least 1"),
+        ([*ON_TWO, "cluster.shard_ranks=3"], "cluster.shard_ranks=3 must divide WORLD_SIZE=2"),
         ([*ON_TWO, "distill.micro_batch_size=8"], "WORLD_SIZE=2: the global batch of phase 1, 8 sequences, must be"),
         (["teacher.mode=auto"], "teacher.mode=auto is no chain of stages"),
     ],
@@ -46,9 +48,9 @@ def test_what_is_no_chain_of_jobs_is_refused(settings: list[str], said: str, tmp
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where `python` is this one
 
 
-def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
+def pipeline(*arguments: str, script: str = "pipeline.sh") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [REPOSITORY / "launch" / "pipeline.sh", *arguments], env={**environment(), "PATH": PATH},
+        [REPOSITORY / "launch" / script, *arguments], env={**environment(), "PATH": PATH},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -62,8 +64,34 @@ def test_a_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
     assert "--dependency" not in lines[0]
     for before, line in zip(("TOKENIZE", "SCORE", "PRUNE", "DISTILL", "EXPORT"), lines[1:], strict=True):
         assert f"--dependency=afterok:ID_OF_{before} --kill-on-invalid-dep=yes" in line
-    assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, False]
+    assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, True]
     assert not (tmp_path / "run").exists()
+
+
+def test_without_requeue_the_jobs_of_a_stage_follow_each_other_however_they_end(tmp_path: Path) -> None:
+    submissions = ("cluster.jobs.distill.submissions=3", "until=export")
+    lines = pipeline("--dry-run", *FAST, f"run_dir={tmp_path / 'run'}", *submissions).stdout.splitlines()
+    assert [line.split()[-1] for line in lines[2:]] == ["stage=prune", *3 * ["stage=distill"], "stage=export"]
+    assert ["--no-requeue" in line for line in lines] == [False, False, False, True, True, True, False]
+    waits = [line.partition("--dependency=")[2].split()[0].replace("\\", "") for line in lines[3:]]
+    prune, distill = "afterok:ID_OF_PRUNE", "afterany:ID_OF_DISTILL"
+    assert waits == [prune, f"{prune},{distill}", f"{prune},{distill}", "afterok:ID_OF_DISTILL"]
+    assert ["COMPRESS_LINK=2" in line for line in lines[3:6]] == [False, True, False]
+
+
+def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    place = (*FAST, "until=prune", f"run_dir={tmp_path}/sweep")
+    done = pipeline("--dry-run", *place, "prune.hidden_size=32,48", "seed=choice(1,2)", script="sweep.sh")
+    names = [line.partition("sweep/")[2] for line in done.stdout.splitlines() if line.startswith("# run_dir=")]
+    assert names == [f"prune.hidden_size-{size}_seed-{seed}" for size in (32, 48) for seed in (1, 2)], done.stderr
+    submitted = [line for line in done.stdout.splitlines() if line.startswith("sbatch")]
+    assert len(submitted) == 4 * 3
+    assert "prune.hidden_size=48" in submitted[-1]
+    assert "seed=2" in submitted[-1]
+    bad = pipeline(*place, "distill.learning_rate=1e-4,-1", script="sweep.sh")
+    assert "distill.learning_rate=-1" in bad.stderr
+    assert "a setting of several values" in pipeline(*place, script="sweep.sh").stderr
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:

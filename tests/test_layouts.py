@@ -20,10 +20,13 @@ import pytest
 import torch
 from conftest import FAST, environment
 from distributed import torchrun
+from families import make_model, save_model
 
 from compress import checkpoint, pipeline
 from compress.config import load_config
-from compress.models import load_model
+from compress.errors import ConfigError
+from compress.models import load_model, load_tokenizer
+from compress.routing import routers_of
 from compress.training import load_trained
 
 STEPS = 6
@@ -33,6 +36,37 @@ SETTINGS = [
     "compute_dtype=float32", "distill.checkpoint_steps=2", "distill.keep_checkpoints=9", "distill.log_steps=1",
     "distill.validate_steps=3", "threads=1",
 ]  # fmt: skip
+
+
+# Of a mixture: more steps, a rate at which no token is torn between two experts, and the further term of its loss.
+MIXTURE = [
+    "distill.num_tokens=10240", "distill.learning_rate=2e-4", "distill.balance_loss=0.01",
+    "distill.checkpoint_steps=10", "distill.validate_steps=10", "prune.intermediate_size=null",
+    "prune.num_hidden_layers=4", "prune.moe_intermediate_size=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixture(cache: Path, teacher_source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The settings of a tiny Qwen3-MoE with the embedded teacher's tokenizer; one expert is dead from the start."""
+    tokenizer = load_tokenizer(teacher_source)
+    model = make_model("qwen3_moe", dtype=torch.float32, vocab_size=len(tokenizer), moe_intermediate_size=24)
+    with torch.no_grad():
+        router = routers_of(model)[1]
+        one_D, other_D = router.weight[1].clone(), router.weight[3].clone()
+        router.weight.copy_(torch.stack([0 * one_D, one_D, -one_D, other_D, -other_D]))
+    folder = save_model(tmp_path_factory.mktemp("mixture") / "teacher", model)
+    tokenizer.save_pretrained(folder)
+    return [*MIXTURE, f"teacher.path={folder}"]
+
+
+@pytest.fixture(scope="module")
+def mixture_alone(mixture: list[str], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mixture distilled by one process."""
+    folder = tmp_path_factory.mktemp("mixture-alone") / "run"
+    for stage in ("tokenize", "score", "prune", "distill"):
+        pipeline.run(load_config(*settings_of(folder, cache, *mixture, f"stage={stage}")))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +108,13 @@ def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def assert_same_training(found: Path, expected: Path) -> None:
+def assert_same_training(found: Path, expected: Path, steps: int = STEPS) -> None:
     ours, theirs = losses(found), losses(expected)
-    assert len(ours) == len(theirs) == STEPS + 2
+    assert len(ours) == len(theirs) == steps + 2
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
-    for name, weight in weights(expected).items():
-        difference = (weights(found)[name] - weight).norm() / weight.norm()
+    trained = weights(found, steps)
+    for name, weight in weights(expected, steps).items():
+        difference = (trained[name] - weight).norm() / weight.norm()
         assert difference < 1e-3, f"{name}: {difference:.2g}"
 
 
@@ -98,6 +133,57 @@ def test_ranks_train_as_one_process(
 ) -> None:
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
     assert_same_training(train(size, run_dir, cache, *extra), alone)
+
+
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [
+        (2, ()),
+        pytest.param(4, (), marks=pytest.mark.slow),
+        pytest.param(4, ("cluster.shard_ranks=2",), id="4-HSDP", marks=pytest.mark.slow),
+        pytest.param(2, ("distill.recompute=true", "distill.micro_batch_size=1"), marks=pytest.mark.slow),
+        pytest.param(1, ("distill.micro_batch_size=8",), marks=pytest.mark.slow),
+    ],
+)
+def test_a_mixture_trains_on_ranks_as_in_one_process(
+    size: int, extra: tuple[str, ...], mixture: list[str], mixture_alone: Path, cache: Path, tmp_path: Path
+) -> None:
+    """20 steps with packed documents and the balance loss. Its experts are shared unevenly, or not at all by some of
+    four ranks; one of them has no token, on any rank, and what is logged of the load is that of all."""
+    run_dir = as_pruned(mixture_alone, tmp_path)
+    assert_same_training(train(size, run_dir, cache, *mixture, *extra), mixture_alone, steps=20)
+    rows = [json.loads(line) for line in (mixture_alone / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["experts"]["num_dead"] >= 1
+    assert experts(run_dir) == experts(mixture_alone)
+
+
+def as_pruned(run_dir: Path, folder: Path) -> Path:
+    """A copy of the run as it was before stage distill."""
+    copy = Path(shutil.copytree(run_dir, folder / "run"))
+    shutil.rmtree(copy / "distill")
+    return copy
+
+
+def experts(run_dir: Path) -> list[tuple[float, float]]:
+    """Of each step, what counts choices and not probabilities."""
+    rows = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
+    return [(row["experts"]["max_load_ratio"], row["experts"]["num_dead"]) for row in rows if "experts" in row]
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_with_other_ranks(
+    mixture: list[str], mixture_alone: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The shares that the balance loss goes by are part of the checkpoint: on the same ranks it is bit-identical."""
+    run_dir = Path(shutil.copytree(mixture_alone, tmp_path / "run"))
+    take_back(run_dir, 10)
+    train(2, run_dir, cache, *mixture)
+    assert_same_training(run_dir, mixture_alone, steps=20)
+    take_back(run_dir, 10)
+    pipeline.run(load_config(*settings_of(run_dir, cache, *mixture)))
+    assert losses(run_dir) == losses(mixture_alone)
+    for name, weight in weights(mixture_alone, 20).items():
+        assert torch.equal(weights(run_dir, 20)[name], weight), name
 
 
 @pytest.mark.slow
@@ -127,17 +213,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
 ) -> None:
     whole = train(2, Path(shutil.copytree(upstream, tmp_path / "whole")), cache)
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        started = subprocess.Popen(
-            [*command, *settings_of(run_dir, cache)], cwd=tmp_path, env=environment(), stdout=file, stderr=file
-        )
-    until = time.monotonic() + 150
-    while not checkpoint.steps(run_dir / "distill" / "checkpoints"):
-        assert time.monotonic() < until, log.read_text()[-3000:]
-        assert started.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.02)
+    started, _ = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log")
     os.kill(_ranks(started.pid)[victim], signal.SIGKILL)
     assert started.wait(120) != 0
     assert not (run_dir / "distill" / "manifest.json").exists()
@@ -145,6 +221,39 @@ def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
     assert losses(run_dir) == losses(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(run_dir)[name], weight), name
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_all_and_the_others_say_where_they_waited(
+    upstream: Path, alone: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
+    started, log = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log", "cluster.stall_seconds=10")
+    os.kill(_ranks(started.pid)[1], signal.SIGSTOP)
+    assert started.wait(120) != 0
+    said = log.read_text()
+    assert "Timeout (0:00:10)!" in said
+    assert "in accumulate_gradients" in said or "in any" in said or "in save" in said, said[-3000:]
+    train(2, run_dir, cache)
+    assert_same_training(run_dir, alone)
+
+
+def start_and_wait_for_a_step(
+    run_dir: Path, cache: Path, log: Path, *settings: str
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """A training on two ranks that has committed a step, and its log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
+    with log.open("wb") as file:
+        started = subprocess.Popen(
+            [*command, *settings_of(run_dir, cache, *settings)],
+            cwd=log.parent, env=environment(), stdout=file, stderr=file,
+        )  # fmt: skip
+    until = time.monotonic() + 150
+    while not checkpoint.steps(run_dir / "distill" / "checkpoints"):
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        assert started.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    return started, log
 
 
 def _ranks(launcher: int) -> list[int]:
@@ -177,3 +286,9 @@ def test_a_layout_that_cannot_be_is_refused(
     with pytest.raises(Exception, match=re.escape(said)):
         pipeline.run(load_config(*settings_of(tmp_path / "run", cache, *settings)))
     assert not (tmp_path / "run" / "distill").exists()
+
+
+def test_a_layout_of_more_ranks_is_refused_before_a_whole_run_in_one_process(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.shard_ranks=3 must divide WORLD_SIZE=1"):
+        pipeline.run(load_config(*settings_of(tmp_path / "run", cache, "stage=all", "cluster.shard_ranks=3")))
+    assert not (tmp_path / "run").exists()

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compress import checkpoint, pipeline
-from compress.artifacts import fingerprint_path, run_lock
+from compress.artifacts import fingerprint_path
 from compress.config import load_config
 from compress.embedded import resolve
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.families import FAMILIES
+from compress.lease import run_lock
 from compress.models import load_model
 from compress.pipeline import STAGES
 from compress.settings import CompressConfig, JobsConfig, Stage, set_name
@@ -78,7 +79,14 @@ def test_a_first_run_makes_every_stage_and_a_second_skips_every_one(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-ASKED = {"num_nodes": "2", "ranks_per_node": "2", "time": "30", "cpus": "4", "memory": "8G"}  # of a job
+ASKED = {
+    "num_nodes": "2",
+    "ranks_per_node": "2",
+    "time": "30",
+    "cpus": "4",
+    "memory": "8G",
+    "submissions": "2",
+}  # of a job
 OUTSIDE = {
     "data.workers": "2",
     "score.compile": "true",
@@ -107,6 +115,7 @@ OUTSIDE = {
     "cluster.price_per_gpu_hour": "2.5",
     "cluster.ranks_per_node": "2",
     "cluster.shard_ranks": "1",
+    "cluster.stall_seconds": "60",
     "cluster.time": "30",
     **{f"cluster.jobs.{job.name}.{key}": value
        for job in dataclasses.fields(JobsConfig) for key, value in ASKED.items()},

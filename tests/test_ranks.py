@@ -1,8 +1,9 @@
-"""Scores don't depend on how many ranks took a share of the calibration set, and one file loads anywhere."""
+"""Scores and figures don't depend on how many ranks took a share of the text, and one file loads anywhere."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from conftest import FAST, Run
 from distributed import on_ranks, torchrun
 from families import make_batch, make_model, rows, save_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from compress.depth import rank_layers
 from compress.folders import read_model
 from compress.gradients import estimate_taylor
 from compress.importance import estimate_importance, stream_importance
-from compress.parallel import Ranks, launched
+from compress.metrics import language_modelling
+from compress.models import decoder_layers
+from compress.parallel import Ranks, launched, shard
+from compress.step import StudentModule
+from compress.teacher import Teacher
 from compress.tokens import TokenBatch
+from compress.validation import validate
 
 CRITERIA = ["activation:l2/mean", "activation:variance/variance", "weighted_activation:mean/l2"]
 
@@ -79,6 +87,53 @@ def test_work_is_dealt_without_loss_or_repetition() -> None:
     assert sorted(item for hand in dealt for item in hand) == items
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
     assert list(Ranks().mine(items)) == items
+
+
+def write_figures(folder: Path) -> None:
+    """Of a stage evaluate and of a validation in training, where the ranks share the student; as they come out."""
+    ranks, teacher = launched(), make_model(dtype=torch.float32)
+    models = {"teacher": teacher, "student": make_model(dtype=torch.float32, seed=1)}
+    found: dict[str, Any] = {"evaluate": language_modelling(models, iter(batches()), ranks=ranks)}
+    student = StudentModule(models["student"])
+    shard(student, decoder_layers(models["student"]), init_device_mesh("cpu", (ranks.size,)), torch.float32)
+    register_fsdp_forward_method(student, "figures")
+    sets = {"five": batches(), "one": batches()[:1]}
+    found["validation"] = validate(student, Teacher(teacher), sets, ranks)
+    (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_figures_are_the_same_on_any_number_of_ranks_to_the_bit(size: int, tmp_path: Path) -> None:
+    """Shares are unequal, and a set has fewer batches than there are ranks."""
+    on_ranks(1, write_figures, tmp_path)
+    on_ranks(size, write_figures, tmp_path)
+    alone = read(tmp_path / "1-0.json")
+    assert alone["evaluate"]["student"]["kl_to_teacher"] > 0
+    for key in ("kl_to_teacher", "loss", "top1_agreement"):
+        evaluated, validated = alone["evaluate"]["student"], alone["validation"]["five"]
+        assert validated[key] == pytest.approx(evaluated[key], rel=1e-5), "two ways to the same figure"
+    for rank in range(size):
+        assert read(tmp_path / f"{size}-{rank}.json") == alone
+
+
+def test_what_was_dealt_out_comes_back_in_order() -> None:
+    rows = torch.arange(6.0).view(3, 2)
+    assert torch.equal(Ranks().in_order(rows), rows.double())
+    assert Ranks().in_order(rows[:0]).shape == (0, 2)
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates_as_one_process(finished: Path, run: Run, cache: Path, tmp_path: Path) -> None:
+    alone = read(finished / "evaluate" / "metrics.json")
+    shutil.rmtree(finished / "evaluate")
+    done = torchrun(2, tmp_path, *FAST, f"cache_dir={cache}", f"run_dir={finished}", "stage=evaluate")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("teacher, pruned, distilled") == 1, "the first rank prints the table"
+    found = read(finished / "evaluate" / "metrics.json")
+    for model in ("teacher", "distilled"):
+        del alone[model]["tokens_per_second"], found[model]["tokens_per_second"]
+    assert found == alone
+    run()  # skipped: it is done with these settings
 
 
 def read(path: Path) -> Any:

@@ -177,7 +177,7 @@ def test_a_killed_search_goes_on_to_the_same_report(
         assert not (folder / "report.json").exists()
     run(*settings)
     assert read(folder / "report.json") == read(searched_source / "search" / "report.json")
-    assert not [path for path in (tmp_path / "run").rglob(".*") if not path.name.endswith(".lock")]
+    assert not [path for path in (tmp_path / "run").rglob(".*") if not path.name.endswith((".lock", ".lease"))]
 
 
 def test_a_diverged_candidate_loses_and_no_figure_of_other_settings_is_kept(run: Run, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_every_line_finds_what_it_is_for(run: Run, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(steptest, "targets_of", lambda batch, pairs: _shifted(right(batch, pairs)))
     assert "shift are transformers' own" in found()
     monkeypatch.undo()
-    monkeypatch.setattr(step, "_counts", lambda window, *_: ([1.0 / len(window)], 1))
+    monkeypatch.setattr(step, "_counts", lambda window, *_: ([1.0 / len(window)], 1, 1))
     assert "the same for every split" in found()
     monkeypatch.undo()
     sound = objectives.chunked.forward_kl_

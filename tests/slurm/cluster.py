@@ -161,6 +161,27 @@ class Cluster:
     def cut(self, node: str) -> None:
         self._ip("link", "set", f"{_NAME}{node}", "down")
 
+    def heal(self, node: str) -> None:
+        self._ip("link", "set", f"{_NAME}{node}", "up")
+
+    def on_node(self, node: str, *command: str) -> None:
+        """As root, among that node's mounts."""
+        subprocess.run(["nsenter", f"--target={self._processes[node].pid}", "--mount", *command], check=True)
+
+    def processes(self, job: str, rank: int | None = None) -> list[int]:
+        """Of a job's ranks on all nodes, as this machine numbers them."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (place / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            given = dict(one.split(b"=", 1) for one in variables if b"=" in one)
+            wanted = b"RANK" in given if rank is None else given.get(b"RANK") == str(rank).encode()
+            if wanted and given.get(b"SLURM_JOB_ID") == job.encode():
+                found.append(int(place.name))
+        return found
+
     # ---- inside
 
     def _all_up(self) -> bool:

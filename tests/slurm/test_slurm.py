@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,10 +27,12 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm"),
 ]
-STEPS = 12
+STEPS = 24  # of training
 PATH = f"{Path(sys.executable).parent}:{PATHS}"  # where `python` is this one
+VARIABLES = {"PATH": PATH, "COMPRESS_GRACE": "60", "COMPRESS_DOCTOR": "0", "OMP_NUM_THREADS": "1"}
+DOCTOR = {"COMPRESS_DOCTOR": "120"}  # within cluster.time, the grace taken off
 SETTINGS = [
-    *FAST, f"distill.num_tokens={STEPS * 8 * 128}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
+    *FAST, f"distill.num_tokens={STEPS * 8 * 64}", "distill.global_batch_size=8", "distill.micro_batch_size=2",
     "compute_dtype=float32", "distill.checkpoint_steps=2", "threads=1", "cluster.time=5",
     "cluster.jobs.distill.num_nodes=2",
 ]  # fmt: skip
@@ -45,12 +49,14 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str) -> dict[str, str]:
+def command(run_dir: Path, cache: Path, *settings: str) -> list[str]:
+    place = [f"run_dir={run_dir}", f"cache_dir={cache}"]
+    return [str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, *place, *settings]
+
+
+def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str, **variables: str) -> dict[str, str]:
     """The job of each stage."""
-    said = cluster.run(
-        str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, f"run_dir={run_dir}", f"cache_dir={cache}", *settings,
-        PATH=PATH, COMPRESS_GRACE="60", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    said = cluster.run(*command(run_dir, cache, *settings), **VARIABLES | variables)
     return dict(line.split() for line in said.splitlines())
 
 
@@ -67,7 +73,7 @@ def distilled(run_dir: Path) -> dict[str, torch.Tensor]:
 def undisturbed(cluster: Cluster, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run by pipeline.sh, every stage a job, training on two nodes."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    jobs = submit(cluster, run_dir, cache)
+    jobs = submit(cluster, run_dir, cache, **DOCTOR)
     assert list(jobs) == ["tokenize", "score", "prune", "distill", "export", "evaluate"]
     assert cluster.finished(jobs["evaluate"], 400) == "COMPLETED", say(run_dir)
     return run_dir
@@ -84,6 +90,10 @@ def test_a_whole_run_over_two_nodes(undisturbed: Path) -> None:
     assert (undisturbed / "evaluate" / "metrics.json").exists()
     logs = [log.name for log in (undisturbed / "logs").iterdir() if log.name.startswith("compress-distill")]
     assert sum(name.endswith((".0.log", ".1.log")) for name in logs) == 2, "a log a node"
+    [doctor] = (undisturbed / "logs").glob("compress-*.0.doctor.log")  # of the only stage on several nodes
+    said = doctor.read_text()
+    assert re.search(r"pass  shared folder +all ranks: the same for all", said), said
+    assert not re.search(r"^\d+: (fail|warn)", said, re.MULTILINE), said
 
 
 def wait_for_step(cluster: Cluster, run_dir: Path, job: str) -> None:
@@ -121,7 +131,8 @@ def test_a_disturbed_training_ends_in_the_same_weights(
     kind: str, cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
 ) -> None:
     run_dir = upstream(undisturbed, tmp_path / "run")
-    jobs = submit(cluster, run_dir, cache, "until=export")
+    doctor = DOCTOR if kind == "time limit" else {}  # whose signal goes to the step after it
+    jobs = submit(cluster, run_dir, cache, "until=export", **doctor)
     wait_for_step(cluster, run_dir, jobs["distill"])
     node = _last_node(cluster, jobs["distill"])
     disturb(kind, cluster, jobs["distill"])
@@ -129,6 +140,102 @@ def test_a_disturbed_training_ends_in_the_same_weights(
     if kind == "power":
         cluster.power_on(node)
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_try_that_slurm_lost_sight_of_is_fenced_off(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The network of its only node is cut while it trains; it stands still, and wakes when the next try is at work."""
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    on_one_node = ("cluster.jobs.distill.num_nodes=1", "cluster.jobs.distill.ranks_per_node=2")
+    jobs = submit(cluster, run_dir, cache, "until=export", *on_one_node)
+    job = jobs["distill"]
+    wait_for_step(cluster, run_dir, job)
+    node, stale = _last_node(cluster, job), cluster.processes(job)
+    assert len(stale) == 2
+    for process in stale:
+        os.kill(process, signal.SIGSTOP)
+    cluster.cut(node)
+    try:
+        cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
+        lease = run_dir / ".distill.lease"
+        cluster.wait(lambda: json.loads(lease.read_text())["try"] == [0, 1], 120, "second writer")
+        assert set(stale) <= set(cluster.processes(job)), "the first try is still there"
+        for process in stale:
+            os.kill(process, signal.SIGCONT)
+        cluster.wait(lambda: not set(stale) & set(cluster.processes(job)), 60, "end of the first try")
+    finally:
+        cluster.heal(node)
+    logs = "".join(log.read_text() for log in (run_dir / "logs").glob(f"*-{job}.0.*"))
+    assert "a later try; nothing more is written here" in logs, logs
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+    rows = [json.loads(line) for line in (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_a_requeue_in_the_middle_of_a_checkpoint_costs_only_that_checkpoint(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    jobs = submit(cluster, run_dir, cache, "until=export", "distill.checkpoint_steps=1")
+    job, folder = jobs["distill"], run_dir / "distill" / "checkpoints"
+    wait_for_step(cluster, run_dir, job)
+    until, [first] = time.monotonic() + 60, cluster.processes(job, rank=0)
+    while True:  # stopped between the first and the last file of a checkpoint
+        assert time.monotonic() < until
+        if list(folder.glob(".step_*.tmp-*")):
+            os.kill(first, signal.SIGSTOP)
+            if left := list(folder.glob(".step_*.tmp-*")):
+                break
+            os.kill(first, signal.SIGCONT)
+    before = checkpoint.steps(folder)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert int(left[0].name.split("_")[1].split(".")[0]) == before[-1] + 1
+    assert not left[0].exists()
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_node_that_is_not_fit_is_left_out(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """A file of the run's text is not to be had there, as where a file system isn't mounted."""
+    run_dir, text = upstream(undisturbed, tmp_path / "run"), str(cache / "tiny" / "train.jsonl")
+    jobs = submit(cluster, run_dir, cache, "until=export", **DOCTOR)
+    job = jobs["distill"]
+    cluster.run("scontrol", "hold", job)
+    assert cluster.finished(jobs["prune"], 200) == "COMPLETED", say(run_dir)
+    cluster.on_node("n1", "mount", "--bind", "/dev/null", text)
+    try:
+        cluster.run("scontrol", "release", job)
+        cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
+    finally:
+        cluster.on_node("n1", "mount", "--bind", shutil.copy(text, tmp_path / "whole.jsonl"), text)
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    assert (cluster.facts(job)["ExcNodeList"], cluster.facts(job)["NodeList"]) == ("n1", "n[2-3]")
+    log = (run_dir / "logs" / f"compress-distill-{job}.log").read_text()
+    assert re.search(
+        r"^try 0: unfit n1: the doctor says .*n1 \(rank \d\): text: .*train\.jsonl: no such file", log, re.MULTILINE
+    )
+    assert not (run_dir / "logs" / f"compress-distill-{job}.0.0.log").exists(), "training wasn't tried with it"
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_chain_of_submissions_ends_in_the_same_weights_where_requeue_is_not_allowed(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    said = cluster.run(*command(run_dir, cache, "until=export", "cluster.jobs.distill.submissions=3"), **VARIABLES)
+    chain = [line.split()[1] for line in said.splitlines() if line.startswith("distill ")]
+    export = said.split()[-1]
+    assert len(chain) == 3
+    wait_for_step(cluster, run_dir, chain[0])
+    cluster.run("scancel", "--batch", "--signal=USR1", chain[0])
+    assert cluster.finished(chain[0], 120) == "FAILED", "never COMPLETED when not done"
+    assert cluster.finished(export, 300) == "COMPLETED", say(run_dir)
+    assert [cluster.state(job) for job in chain[1:]] == ["COMPLETED", "COMPLETED"]
+    assert [cluster.facts(job)["Restarts"] for job in chain] == ["0", "0", "0"]
     assert_same_weights(run_dir, undisturbed)
 
 
