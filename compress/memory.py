@@ -72,8 +72,8 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     Allocator overhead and library workspaces aren't in it.
     """
     ranks, item = layout.num_ranks, layout.compute_bytes
-    whole, layer, root = _split(teacher, student)
-    teacher_whole, teacher_layer, teacher_root = _split(teacher, teacher.shape) if layout.teacher_runs else (0, 0, 0)
+    whole, layer, root = split(teacher, student)
+    teacher_whole, teacher_layer, teacher_root = split(teacher, teacher.shape) if layout.teacher_runs else (0, 0, 0)
     tokens = layout.micro_batch_size * layout.sequence_length
     vocabulary, hidden = student.vocab_size, student.hidden_size
     dtype = torch.float32 if item == 4 else torch.bfloat16
@@ -131,7 +131,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     }
 
 
-def _split(info: ModelInfo, shape: Shape) -> tuple[int, int, int]:
+def split(info: ModelInfo, shape: Shape) -> tuple[int, int, int]:
     """Parameters of all, of one layer, and of what is outside the layers."""
     whole = num_parameters(info, shape)
     one = num_parameters(info, replace(shape, num_hidden_layers=1))
