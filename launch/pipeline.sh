@@ -4,7 +4,7 @@
 #     launch/pipeline.sh [--dry-run] recipe=llama31_8b_to_4b run_dir=/lustre/me/run ...
 #
 # Nodes, ranks and time of each stage: cluster.jobs.STAGE.*; the site: env.sh. Prints a job id a stage. A stage that fails
-# cancels those after it; the same command submits what is left, and stages that are done end at once.
+# cancels those after it; the same command submits what is left.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 dry=

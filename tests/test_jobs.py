@@ -94,6 +94,19 @@ def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_pat
     assert not (tmp_path / "sweep").exists()
 
 
+def test_what_is_done_is_not_submitted_again(command: Command, cache: Path, tmp_path: Path) -> None:
+    place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]
+    assert command(*place, "until=tokenize").returncode == 0
+    left = pipeline("--dry-run", *place, "until=prune")
+    assert [line.split()[-1] for line in left.stdout.splitlines()] == ["stage=score", "stage=prune"]
+    assert "--dependency" not in left.stdout.splitlines()[0]
+    assert left.stderr == "done before: tokenize\n"
+    assert pipeline("--dry-run", *place, "until=tokenize").stdout == ""
+    other = pipeline("--dry-run", *place, "data.sequence_length=128")
+    assert other.returncode == 2
+    assert "tokens was made with other settings: data.sequence_length" in other.stderr
+
+
 def test_a_wrong_setting_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:
     done = pipeline(*FAST, f"run_dir={tmp_path / 'run'}", "distill.num_tokns=5")
     assert done.returncode == 2
