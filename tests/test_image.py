@@ -56,7 +56,7 @@ def _base(folder: Path, torch_wheel: Path | None = None) -> Path:
 
 
 def _held(folder: Path) -> Path:
-    """A file for PIP_CONSTRAINT: what is tested, but for a numpy that containers still have."""
+    """A file for PIP_CONSTRAINT: what is tested, but for a numpy that containers still have and a pandas that takes it."""
     tested = (REPOSITORY / "constraints.txt").read_text().splitlines()
     lines = ["numpy==1.26.4", *(line for line in tested if not line.startswith(("numpy==", "torch==")))]
     path = folder / "constraint.txt"

@@ -65,6 +65,7 @@ def test_a_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
     for before, line in zip(("TOKENIZE", "SCORE", "PRUNE", "DISTILL", "EXPORT"), lines[1:], strict=True):
         assert f"--dependency=afterok:ID_OF_{before} --kill-on-invalid-dep=yes" in line
     assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, True]
+    assert all("--export=ALL " in line for line in lines), "a list has slurmd run a login shell before each job"
     assert not (tmp_path / "run").exists()
 
 
@@ -84,7 +85,7 @@ def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_pat
     done = pipeline("--dry-run", *place, "prune.hidden_size=32,48", "seed=choice(1,2)", script="sweep.sh")
     names = [line.partition("sweep/")[2] for line in done.stdout.splitlines() if line.startswith("# run_dir=")]
     assert names == [f"prune.hidden_size-{size}_seed-{seed}" for size in (32, 48) for seed in (1, 2)], done.stderr
-    submitted = [line for line in done.stdout.splitlines() if line.startswith("sbatch")]
+    submitted = [line for line in done.stdout.splitlines() if " sbatch " in line]
     assert len(submitted) == 4 * 3
     assert "prune.hidden_size=48" in submitted[-1]
     assert "seed=2" in submitted[-1]
