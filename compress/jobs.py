@@ -1,7 +1,7 @@
 """What each stage of a run asks Slurm for, for launch/pipeline.sh: `python -m compress.jobs [--sweep] SETTING...`.
 
-Prints the run folder, then a line a stage: name, nodes, ranks a node, time, CPUs, memory, submissions; tabs between, -
-for none. With --sweep the settings of each run, tabs between, for launch/sweep.sh.
+Prints the run folder, then a line a stage that isn't done: name, nodes, ranks a node, time, CPUs, memory, submissions;
+tabs between, - for none. With --sweep the settings of each run, tabs between, for launch/sweep.sh.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 
 from compress.config import load_config
 from compress.errors import CompressError, ConfigError
+from compress.families import add_families
+from compress.manifests import expectations, is_done
 from compress.parallel import check_layout
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
 from compress.stages import ON_RANKS, chosen_stages, run_dir_of
@@ -68,6 +70,17 @@ def jobs_of(config: CompressConfig) -> list[Job]:
     return found
 
 
+def jobs_left(config: CompressConfig) -> list[Job]:
+    """`jobs_of` without what the run folder has already. Raises ArtifactError where it has it by other settings."""
+    jobs = jobs_of(config)
+    if not run_dir_of(config).exists():
+        return jobs
+    if config.architecture.table:
+        add_families(Path(config.architecture.table).expanduser())
+    expected = expectations(config)
+    return [job for job in jobs if not is_done(config, job.stage, expected)]
+
+
 def sweep_of(settings: Sequence[str]) -> list[list[str]]:
     """The settings of a run for every combination of values (key=a,b), its own run_dir last.
 
@@ -103,11 +116,15 @@ def main() -> None:
             print("\n".join("\t".join(run) for run in sweep_of(sys.argv[2:])))
             return
         config = load_config(*sys.argv[1:])
-        lines = [str(run_dir_of(config)), *(job.line() for job in jobs_of(config))]
+        jobs = jobs_left(config)
     except CompressError as error:
         print(f"compress: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print("\n".join(lines))
+    left = [job.stage for job in jobs]
+    done = [stage for stage in chosen_stages(config) if stage not in left]
+    if done:
+        print(f"done before: {', '.join(done)}", file=sys.stderr)
+    print("\n".join([str(run_dir_of(config)), *(job.line() for job in jobs)]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #     launch/pipeline.sh [--dry-run] recipe=llama31_8b_to_4b run_dir=/lustre/me/run ...
 #
 # Nodes, ranks and time of each stage: cluster.jobs.STAGE.*; the site: env.sh. Prints a job id a stage. A stage that fails
-# cancels those after it; the same command submits what is left, and stages that are done end at once.
+# cancels those after it; the same command submits what is left.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 dry=
@@ -34,28 +34,30 @@ if [[ -z $dry ]]; then
   fi
 fi
 
+unset COMPRESS_CHAIN COMPRESS_LINK   # of a job that this may be called from
 previous=
 chain=$(date +%s)-$$   # of this submission
 while IFS=$'\t' read -r stage nodes ranks time cpus memory submissions; do
   before=$previous
   for ((link = 1; link <= submissions; link++)); do
     read -r -a options <<< "$COMPRESS_SBATCH"
-    given=ALL,COMPRESS_RUN_DIR=$run_dir,COMPRESS_RANKS=$ranks
+    given=("COMPRESS_RUN_DIR=$run_dir" "COMPRESS_RANKS=$ranks")
     waits=${before:+afterok:$before}
     if ((submissions == 1)); then
       options+=(--requeue)
     else   # each goes on from the one before, however that ended; when that was done, it ends at once
       options+=(--no-requeue)
-      given+=,COMPRESS_CHAIN=$chain-$stage,COMPRESS_LINK=$link
+      given+=("COMPRESS_CHAIN=$chain-$stage" "COMPRESS_LINK=$link")
       ((link == 1)) || waits=${waits:+$waits,}afterany:$previous
     fi
     options+=(--parsable "--job-name=compress-$stage" "--nodes=$nodes" --ntasks-per-node=1 "--time=$time"
               --open-mode=append "--signal=B:USR1@$COMPRESS_GRACE" "--output=$run_dir/logs/%x-%j.log"
-              "--chdir=$run_dir" "--export=$given")
+              "--chdir=$run_dir" --export=ALL)
     [[ $cpus == - ]] || options+=("--cpus-per-task=$cpus")
     [[ $memory == - ]] || options+=("--mem=$memory")
     [[ -z $waits ]] || options+=("--dependency=$waits" --kill-on-invalid-dep=yes)
-    command=(sbatch "${options[@]}" "$code/launch/stage.sbatch" "$@" "stage=$stage")
+    # Not `--export=ALL,NAME=value`: a list has each node load the user's login environment first, which may hang.
+    command=(env "${given[@]}" sbatch "${options[@]}" "$code/launch/stage.sbatch" "$@" "stage=$stage")
     if [[ -n $dry ]]; then
       printf '%q ' "${command[@]}"; echo
       previous=ID_OF_${stage^^}

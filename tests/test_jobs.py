@@ -65,6 +65,7 @@ def test_a_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
     for before, line in zip(("TOKENIZE", "SCORE", "PRUNE", "DISTILL", "EXPORT"), lines[1:], strict=True):
         assert f"--dependency=afterok:ID_OF_{before} --kill-on-invalid-dep=yes" in line
     assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, True]
+    assert all("--export=ALL " in line for line in lines), "a list has slurmd run a login shell before each job"
     assert not (tmp_path / "run").exists()
 
 
@@ -84,7 +85,7 @@ def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_pat
     done = pipeline("--dry-run", *place, "prune.hidden_size=32,48", "seed=choice(1,2)", script="sweep.sh")
     names = [line.partition("sweep/")[2] for line in done.stdout.splitlines() if line.startswith("# run_dir=")]
     assert names == [f"prune.hidden_size-{size}_seed-{seed}" for size in (32, 48) for seed in (1, 2)], done.stderr
-    submitted = [line for line in done.stdout.splitlines() if line.startswith("sbatch")]
+    submitted = [line for line in done.stdout.splitlines() if " sbatch " in line]
     assert len(submitted) == 4 * 3
     assert "prune.hidden_size=48" in submitted[-1]
     assert "seed=2" in submitted[-1]
@@ -92,6 +93,19 @@ def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_pat
     assert "distill.learning_rate=-1" in bad.stderr
     assert "a setting of several values" in pipeline(*place, script="sweep.sh").stderr
     assert not (tmp_path / "sweep").exists()
+
+
+def test_what_is_done_is_not_submitted_again(command: Command, cache: Path, tmp_path: Path) -> None:
+    place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]
+    assert command(*place, "until=tokenize").returncode == 0
+    left = pipeline("--dry-run", *place, "until=prune")
+    assert [line.split()[-1] for line in left.stdout.splitlines()] == ["stage=score", "stage=prune"]
+    assert "--dependency" not in left.stdout.splitlines()[0]
+    assert left.stderr == "done before: tokenize\n"
+    assert pipeline("--dry-run", *place, "until=tokenize").stdout == ""
+    other = pipeline("--dry-run", *place, "data.sequence_length=128")
+    assert other.returncode == 2
+    assert "tokens was made with other settings: data.sequence_length" in other.stderr
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:

@@ -202,13 +202,10 @@ def test_a_requeue_in_the_middle_of_a_checkpoint_costs_only_that_checkpoint(
 def test_a_node_that_is_not_fit_is_left_out(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
     """A file of the run's text is not to be had there, as where a file system isn't mounted."""
     run_dir, text = upstream(undisturbed, tmp_path / "run"), str(cache / "tiny" / "train.jsonl")
-    jobs = submit(cluster, run_dir, cache, "until=export", **DOCTOR)
-    job = jobs["distill"]
-    cluster.run("scontrol", "hold", job)
-    assert cluster.finished(jobs["prune"], 200) == "COMPLETED", say(run_dir)
     cluster.on_node("n1", "mount", "--bind", "/dev/null", text)
     try:
-        cluster.run("scontrol", "release", job)
+        jobs = submit(cluster, run_dir, cache, "until=export", **DOCTOR)
+        job = jobs["distill"]
         cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 120, "requeue")
     finally:
         cluster.on_node("n1", "mount", "--bind", shutil.copy(text, tmp_path / "whole.jsonl"), text)
