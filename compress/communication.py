@@ -94,4 +94,3 @@ def step_collectives(
     add("student: gradients", Kind.scatter, share, GRADIENT_BYTES * whole, largest)
     add("student: gradients of copies", Kind.reduce, copies, GRADIENT_BYTES * whole // share, largest // share)
     return found
-

@@ -78,7 +78,7 @@ class Subject:
         if not config.distill.init_from and (pruned / "config.json").is_file():
             config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, init_from=str(pruned)))
         with contextlib.suppress(ConfigError):
-            return needs(config, config.cluster.shard_ranks or self.ranks)
+            return needs(config, self.ranks)
         return None
 
 

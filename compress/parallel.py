@@ -246,7 +246,7 @@ def check_layout(shard_ranks: int | None, world: int) -> int:
     if world % share:
         legal = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
         raise ConfigError(
-            f"cluster.shard_ranks={share} must divide WORLD_SIZE={world}, the ranks that were started; set one of "
+            f"cluster.shard_ranks={share} must divide the {world} ranks of the stage (WORLD_SIZE); set one of "
             f"{legal}, or null for all, or start another number"
         )
     return share

@@ -20,13 +20,14 @@ from compress.architecture import (
     num_parameters,
 )
 from compress.capture import listening
+from compress.communication import Collective, Links, step_collectives
 from compress.errors import ConfigError
 from compress.estimate import STEP_EFFICIENCY, flops_per_second, flops_per_token
 from compress.families import PRUNABLE, Shape
 from compress.folders import read_config
 from compress.inputs import teacher_of
 from compress.memory import MASTER_BYTES, MOMENT_BYTES, Layout, step_memory
-from compress.parallel import available_bytes, resolve_dtype
+from compress.parallel import available_bytes, check_layout, resolve_dtype
 from compress.phases import num_tokens, phase_settings
 from compress.progress import about
 from compress.settings import CacheKind, CompressConfig, ComputeDtype, Optimizer, TeacherMode
@@ -43,11 +44,15 @@ TIME_MARGIN = 1.25  # of Slurm's limit over the estimate
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one config; sizes in bytes, work in FLOP, time in seconds."""
+    """Figures of one config; sizes in bytes, work in FLOP, time in seconds. copies: of the model, each on
+    `layout.num_ranks` ranks. collectives: of a step of the phase with the most tokens, `step_seconds` of computing."""
 
     teacher: ModelInfo
     student: Shape
     layout: Layout
+    copies: int
+    collectives: list[Collective]
+    step_seconds: float
     memory: dict[str, dict[str, int]]
     memory_limit: int
     flops_per_token: float
@@ -73,38 +78,47 @@ def run_rounds(configs: Sequence[CompressConfig]) -> Iterator[Table]:
         made = make_plan(config, source)
         source = cut_info(made.teacher, made.student)
         yield from (_models(config, made), _memory(config, made), _work(config, made))
+        if made.num_gpus > 1:
+            yield _layouts(config, made)
 
 
-def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
+def make_plan(config: CompressConfig, source: ModelInfo | None = None, num_ranks: int | None = None) -> Plan:
     """Reckon with config.json alone. Raises ConfigError for a shape, a budget or a layout that can't be.
 
-    `source`: what is pruned where it isn't there yet; None = prune.source or the teacher.
+    `source`: what is pruned where it isn't there yet; None = prune.source or the teacher. `num_ranks`: that train on
+    CPUs; None = one, or one a GPU.
     """
     teacher, student = _models_of(config, source)
     cluster, num_gpus = config.cluster, config.cluster.num_nodes * config.cluster.gpus_per_node
+    world = num_ranks or max(1, num_gpus)
     phases = phase_settings(config)
     for batch in (phase["global_batch_size"] for phase in phases):
-        if batch % (max(1, num_gpus) * config.distill.micro_batch_size):
+        if batch % (world * config.distill.micro_batch_size):
             raise ConfigError(
-                f"distill.global_batch_size={batch} is no multiple of {max(1, num_gpus)} ranks "
+                f"distill.global_batch_size={batch} is no multiple of {world} ranks "
                 f"x distill.micro_batch_size={config.distill.micro_batch_size}; change one of them"
             )
-    layout = _layout(config, max(1, num_gpus), num_gpus)
+    layout = _layout(config, check_layout(cluster.shard_ranks, world), num_gpus)
     if cluster.memory_bytes is not None:
         limit = int(cluster.memory_bytes)
     elif not num_gpus:
         limit = available_bytes()
     else:
         raise ConfigError(f"cluster.memory_bytes must be set for {num_gpus} GPUs, such as 80GiB")
-    memory = _step_memory(config, teacher, student, layout)
+    copies = world // layout.num_ranks
+    memory = _step_memory(config, teacher, student, layout, world)
     recompute, tokens = config.distill.recompute, num_tokens(config)
     work = sum(
         p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute, layout.teacher_runs)
         for p in phases
     )
-    flops = work / tokens
+    flops, speed = work / tokens, _speed(config, num_gpus)
+    longest = max(phases, key=lambda phase: phase["num_tokens"])
+    length, batch = longest["sequence_length"], longest["global_batch_size"]
+    a_token = flops_per_token(teacher, student, length, recompute, layout.teacher_runs)
     made = Plan(
-        teacher, student, layout, memory, limit, flops, flops * tokens / _speed(config, num_gpus),
+        teacher, student, layout, copies, _collectives(config, teacher, student, layout, copies),
+        batch * length * a_token / speed, memory, limit, flops, flops * tokens / speed,
         _disk(config, teacher, student), num_gpus,
     )  # fmt: skip
     _check_fits(config, made)
@@ -112,12 +126,13 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None) -> Plan:
 
 
 def needs(config: CompressConfig, num_ranks: int) -> tuple[tuple[str, int], dict[str, int]]:
-    """What training on CPUs takes whose `num_ranks` share a model: (moment, bytes) of a rank's peak, and disk by part.
+    """What training by `num_ranks` ranks on CPUs takes: (moment, bytes) of a rank's peak, and disk by part.
 
     Raises ConfigError as `make_plan` does, but not for what doesn't fit.
     """
     teacher, student = _models_of(config, None)
-    return _peak(_step_memory(config, teacher, student, _layout(config, num_ranks, 0))), _disk(config, teacher, student)
+    layout = _layout(config, check_layout(config.cluster.shard_ranks, num_ranks), 0)
+    return _peak(_step_memory(config, teacher, student, layout, num_ranks)), _disk(config, teacher, student)
 
 
 def _models_of(config: CompressConfig, source: ModelInfo | None) -> tuple[ModelInfo, Shape]:
@@ -145,13 +160,14 @@ def _layout(config: CompressConfig, num_ranks: int, num_gpus: int) -> Layout:
 
 
 def _step_memory(
-    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout
+    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, world: int
 ) -> dict[str, dict[str, int]]:
-    """Of a distillation step and, where the teacher is corrected, of a step of its own training, by moment."""
+    """Of a distillation step of `world` ranks and, where the teacher is corrected, of a step of its own training, by
+    moment."""
     beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
     if config.teacher.whole_window and layout.teacher_runs:
         largest = max(phase["global_batch_size"] * phase["sequence_length"] for phase in phase_settings(config))
-        states = largest // layout.num_ranks * teacher.shape.hidden_size * layout.compute_bytes
+        states = largest // world * teacher.shape.hidden_size * layout.compute_bytes
         beside["teacher: final states of the whole window"] = states
     memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
     if config.teacher.whole_window and layout.teacher_runs and layout.num_ranks > 1:
@@ -162,6 +178,15 @@ def _step_memory(
         own = step_memory(teacher, teacher.shape, replace(layout, teacher_runs=False))
         memory |= {f"{moment} of the teacher's correction": parts for moment, parts in own.items()}
     return memory
+
+
+def _collectives(
+    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, copies: int
+) -> list[Collective]:
+    """Of a step of the phase with the most tokens."""
+    batch = max(phase_settings(config), key=lambda phase: phase["num_tokens"])["global_batch_size"]
+    micro_batches = batch // (copies * layout.num_ranks * layout.micro_batch_size)
+    return step_collectives(teacher, student, layout, micro_batches, copies, config.teacher.whole_window)
 
 
 def _compared(config: CompressConfig, teacher: Shape, student: Shape, layout: Layout) -> int:
@@ -241,7 +266,7 @@ def _disk(config: CompressConfig, teacher: ModelInfo, student: Shape) -> dict[st
 
 def _check_fits(config: CompressConfig, made: Plan) -> None:
     """Raise ConfigError where a step needs more than there is, with the nearest settings that would fit."""
-    usable = int(made.memory_limit * (HEADROOM if made.num_gpus else CPU_HEADROOM))
+    usable = _usable(made)
     moment, needed = made.peak
     if needed <= usable:
         return
@@ -249,8 +274,8 @@ def _check_fits(config: CompressConfig, made: Plan) -> None:
     share = f"{usable / made.memory_limit:.0%} of {_gib(made.memory_limit)}"
     fits = [
         text
-        for text, layout in _alternatives(config, made)
-        if _peak(_step_memory(config, made.teacher, made.student, layout))[1] <= usable
+        for text, layout, world in _alternatives(config, made)
+        if _peak(_step_memory(config, made.teacher, made.student, layout, world))[1] <= usable
     ]
     raise ConfigError(
         f"training needs {_gib(needed)} on {where} at {moment}, and {share} are there to be used"
@@ -259,22 +284,28 @@ def _check_fits(config: CompressConfig, made: Plan) -> None:
     )  # fmt: skip
 
 
-def _alternatives(config: CompressConfig, made: Plan) -> Iterator[tuple[str, Layout]]:
+def _usable(made: Plan) -> int:
+    return int(made.memory_limit * (HEADROOM if made.num_gpus else CPU_HEADROOM))
+
+
+def _alternatives(config: CompressConfig, made: Plan) -> Iterator[tuple[str, Layout, int]]:
+    """Settings, the layout that they make, and its ranks in all."""
     layout = made.layout
+    world = layout.num_ranks * made.copies
+    if made.copies > 1:
+        yield "cluster.shard_ranks=null", replace(layout, num_ranks=world), world
     if layout.micro_batch_size > 1:
-        yield "distill.micro_batch_size=1", replace(layout, micro_batch_size=1)
+        yield "distill.micro_batch_size=1", replace(layout, micro_batch_size=1), world
     if not layout.recompute:
-        yield "distill.recompute=true", replace(layout, recompute=True)
+        yield "distill.recompute=true", replace(layout, recompute=True), world
         if layout.micro_batch_size > 1:
-            yield (
-                "distill.recompute=true distill.micro_batch_size=1",
-                replace(layout, recompute=True, micro_batch_size=1),
-            )
-    if made.num_gpus:
+            fewer = replace(layout, recompute=True, micro_batch_size=1)
+            yield "distill.recompute=true distill.micro_batch_size=1", fewer, world
+    if made.num_gpus and made.copies == 1:
         for factor in (2, 4, 8, 16):
-            nodes, ranks = config.cluster.num_nodes * factor, layout.num_ranks * factor
+            nodes, ranks = config.cluster.num_nodes * factor, world * factor
             if config.distill.global_batch_size % (ranks * layout.micro_batch_size) == 0:
-                yield f"cluster.num_nodes={nodes}", replace(layout, num_ranks=ranks)
+                yield f"cluster.num_nodes={nodes}", replace(layout, num_ranks=ranks), ranks
 
 
 def _peak(memory: dict[str, dict[str, int]]) -> tuple[str, int]:
@@ -358,6 +389,42 @@ def _work(config: CompressConfig, made: Plan) -> Table:
         result.add_section()
         result.add_row("Slurm's request", slurm_request(config, made.seconds))
     return result
+
+
+def _layouts(config: CompressConfig, made: Plan) -> Table:
+    """What sharing a model by fewer or more GPUs takes of memory and of the links, for the batch as it is."""
+    cluster, world = config.cluster, made.layout.num_ranks * made.copies
+    links = _links(config)
+    result = Table(title="how many GPUs share a model: cluster.shard_ranks", title_justify="left")
+    for column in ("shared by", "copies", "memory of a GPU", "each sends a step", "for", "beside computing for"):
+        result.add_column(column, justify="right")
+    nodes = {cluster.gpus_per_node * 2**power for power in range(cluster.num_nodes.bit_length())}
+    best: tuple[float, int] | None = None
+    for share in sorted({1, made.layout.num_ranks, world, *(size for size in nodes if world % size == 0)}):
+        layout = replace(made.layout, num_ranks=share)
+        needed = _peak(_step_memory(config, made.teacher, made.student, layout, world))[1]
+        collectives = _collectives(config, made.teacher, made.student, layout, world // share)
+        sent = sum(one.sent for one in collectives)
+        seconds = None if links is None else links.seconds(collectives, share)
+        fits = needed <= _usable(made)
+        if fits and (best is None or (sent if seconds is None else seconds) < best[0]):
+            best = sent if seconds is None else seconds, share
+        result.add_row(
+            f"{share}" + (" (chosen)" if share == made.layout.num_ranks else ""), f"{world // share}",
+            _gib(needed) + ("" if fits else ", too much"), _gib(sent),
+            "" if seconds is None else f"{seconds:.3g} s", f"{made.step_seconds:.3g} s",
+        )  # fmt: skip
+    result.caption = "" if best is None else f"of those that fit, {best[1]} keeps the links busy least"
+    if links is None:
+        result.caption += "; for seconds set cluster.node_bandwidth and cluster.network_bandwidth"
+    return result
+
+
+def _links(config: CompressConfig) -> Links | None:
+    cluster = config.cluster
+    if cluster.node_bandwidth is None or cluster.network_bandwidth is None:
+        return None
+    return Links(cluster.gpus_per_node, cluster.node_bandwidth, cluster.network_bandwidth)
 
 
 def slurm_request(config: CompressConfig, seconds: float) -> str:

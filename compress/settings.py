@@ -393,6 +393,9 @@ class ClusterConfig:
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
     peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = of a product here
     efficiency: float = 0.4  # share of it that a training step reaches
+    # Bytes a second that a GPU sends, and receives as many: to the others of its node; to other nodes. None: unknown.
+    node_bandwidth: Size | None = None
+    network_bandwidth: Size | None = None
     price_per_gpu_hour: float | None = None
 
 

@@ -35,7 +35,7 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
         (["cluster.jobs.distill.cpus=0"], "cluster.jobs.distill.cpus=0 must be at least 1"),
         (["cluster.jobs.prune.num_nodes=2"], "cluster.jobs.prune asks for 2 nodes of 1 ranks, and the stage is one"),
         (["cluster.jobs.distill.submissions=0"], "cluster.jobs.distill.submissions=0 must be at least 1"),
-        ([*ON_TWO, "cluster.shard_ranks=3"], "cluster.shard_ranks=3 must divide WORLD_SIZE=2"),
+        ([*ON_TWO, "cluster.shard_ranks=3"], "cluster.shard_ranks=3 must divide the 2 ranks"),
         ([*ON_TWO, "distill.micro_batch_size=8"], "WORLD_SIZE=2: the global batch of phase 1, 8 sequences, must be"),
         (["teacher.mode=auto"], "teacher.mode=auto is no chain of stages"),
     ],

@@ -274,7 +274,7 @@ def _ranks(launcher: int) -> list[int]:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("cluster.shard_ranks=3",), "cluster.shard_ranks=3 must divide WORLD_SIZE=2"),
+        (("cluster.shard_ranks=3",), "cluster.shard_ranks=3 must divide the 2 ranks"),
         (("distill.global_batch_size=6",), "WORLD_SIZE=2: the global batch of phase 1, 6 sequences, must be a mult"),
         (("teacher.mode=auto",), "WORLD_SIZE=2: teacher.mode=auto works in one process"),
     ],
@@ -289,6 +289,6 @@ def test_a_layout_that_cannot_be_is_refused(
 
 
 def test_a_layout_of_more_ranks_is_refused_before_a_whole_run_in_one_process(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.shard_ranks=3 must divide WORLD_SIZE=1"):
+    with pytest.raises(ConfigError, match=r"cluster\.shard_ranks=3 must divide the 1 ranks"):
         pipeline.run(load_config(*settings_of(tmp_path / "run", cache, "stage=all", "cluster.shard_ranks=3")))
     assert not (tmp_path / "run").exists()

@@ -113,6 +113,8 @@ OUTSIDE = {
     "cluster.peak_flops": "989e12",
     "cluster.efficiency": "0.3",
     "cluster.price_per_gpu_hour": "2.5",
+    "cluster.node_bandwidth": "450e9",
+    "cluster.network_bandwidth": "50e9",
     "cluster.ranks_per_node": "2",
     "cluster.shard_ranks": "1",
     "cluster.stall_seconds": "60",

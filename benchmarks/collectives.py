@@ -1,0 +1,153 @@
+"""What gloo ranks really send each other in training, every collective of it, against `compress.communication`.
+
+    python -m benchmarks.collectives             # from the repository's root; about 5 minutes
+
+Runs the distill stage of the embedded teacher under torchrun, at 1, 2 and 4 ranks in several layouts, and watches
+torch's own c10d operators, of which none can be left out. The bytes of all gathers, reduce-scatters and all-reduces of
+tensors have to be those of the model that stage=plan uses, and none may be larger than a unit of FSDP2: a layer, or
+what is outside of the layers, with the output head. What else is sent, such as sums of losses, is shown by its largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from benchmarks.common import RESULTS, ROOT, machine, write_result
+
+STEPS, BATCH, LENGTH = 3, 16, 64
+SETTINGS = [
+    "recipe=tiny", f"data.sequence_length={LENGTH}", f"distill.num_tokens={STEPS * BATCH * LENGTH}",
+    f"distill.global_batch_size={BATCH}", "distill.micro_batch_size=2", "threads=1", "distill.checkpoint_steps=99",
+    "compute_dtype=bfloat16",
+]  # fmt: skip
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "2 ranks": (2, ()),
+    "4 ranks": (4, ()),
+    "2 copies of 2 ranks": (4, ("cluster.shard_ranks=2",)),
+    "4 copies": (4, ("cluster.shard_ranks=1",)),
+    "2 ranks, the teacher first": (2, ("teacher.whole_window=true",)),
+    "2 ranks, recomputed, float32": (2, ("distill.recompute=true", "compute_dtype=float32")),
+}
+KINDS = {
+    "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce",
+}  # fmt: skip
+
+
+class Recorder(TorchDispatchMode):
+    """Every c10d operator of this thread inside the block: (kind, ranks, bytes of the whole) of those of tensors, and
+    the largest of each other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int, int]] = []
+        self.others: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func.namespace, func._schema.name.partition("::")[2]
+        if namespace == "c10d":
+            flat = tree_flatten((args, kwargs or {}))[0]
+            size = max((one.nbytes for one in flat if isinstance(one, Tensor)), default=0)
+            if name in KINDS:
+                [group] = [one for one in flat if isinstance(one, torch.ScriptObject) and hasattr(one, "size")]
+                self.seen.append((KINDS[name], group.size(), size))
+            else:
+                self.others[name] = max(self.others[name], size)
+        return func(*args, **(kwargs or {}))
+
+
+def work(output: Path, settings: list[str]) -> None:
+    """A rank's process: the stage as `python -m compress` runs it, watched."""
+    from compress.config import load_config
+    from compress.pipeline import run
+
+    with Recorder() as recorder:
+        run(load_config(*settings))
+    if os.environ["RANK"] == "0":
+        output.write_text(json.dumps({"seen": recorder.seen, "others": recorder.others}))
+
+
+def recorded(num_ranks: int, settings: list[str], folder: Path) -> dict[str, Any]:
+    """What the first of `num_ranks` ranks sent in the whole stage. Raises SystemExit with what a failed one said."""
+    output = folder / "seen.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    command = [*launcher, "-m", "benchmarks.collectives", "--worker", str(output), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        raise SystemExit(f"{settings} on {num_ranks} ranks failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def modelled(num_ranks: int, settings: list[str]) -> list[Any]:
+    """The collectives of a step by the plan's model."""
+    from compress.config import load_config
+    from compress.plan import make_plan
+
+    return make_plan(load_config(*settings), num_ranks=num_ranks).collectives
+
+
+def row_of(num_ranks: int, settings: list[str], folder: Path, num_steps: int = STEPS) -> dict[str, Any]:
+    """Seen and modelled bytes of the whole stage by kind and group, and the largest of each."""
+    seen, model = recorded(num_ranks, settings, folder), modelled(num_ranks, settings)
+    rows: dict[str, Any] = {}
+    kinds = {(str(one.kind), one.num_ranks) for one in model} | {(kind, size) for kind, size, _ in seen["seen"]}
+    for kind, size in sorted(kinds):
+        ours = [one for one in model if (str(one.kind), one.num_ranks) == (kind, size)]
+        theirs = [count for other, ranks, count in seen["seen"] if (other, ranks) == (kind, size)]
+        rows[f"{kind} over {size}"] = {
+            "bytes": sum(theirs), "modelled_bytes": num_steps * sum(one.num_bytes for one in ours),
+            "count": len(theirs), "largest_bytes": max(theirs, default=0),
+            "largest_modelled_bytes": max((one.largest for one in ours), default=0),
+        }  # fmt: skip
+    return {"collectives": rows, "largest_of_others": seen["others"]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        work(Path(sys.argv[2]), sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / "collectives.json")
+    options = parser.parse_args()
+    from compress.config import load_config
+    from compress.pipeline import run
+
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        upstream = Path(name) / "upstream"
+        for stage in ("tokenize", "score", "prune"):
+            run(load_config(*SETTINGS, f"run_dir={upstream}", f"stage={stage}"))
+        for layout, (num_ranks, extra) in LAYOUTS.items():
+            folder = Path(shutil.copytree(upstream, Path(name) / "run"))
+            row = row_of(num_ranks, [*SETTINGS, *extra, f"run_dir={folder}", "stage=distill"], Path(name))
+            shutil.rmtree(folder)
+            found[layout] = row
+            print(layout)
+            for what, figures in row["collectives"].items():
+                print(
+                    f"  {what}: {figures['bytes']:,} bytes in {figures['count']}, modelled "
+                    f"{figures['modelled_bytes']:,}; the largest {figures['largest_bytes']:,}, modelled "
+                    f"{figures['largest_modelled_bytes']:,}"
+                )
+            print(f"  else at most {max(row['largest_of_others'].values(), default=0):,} bytes", flush=True)
+    write_result(options.output, {"machine": machine(), "layouts": found})
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
