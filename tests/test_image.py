@@ -56,9 +56,9 @@ def _base(folder: Path, torch_wheel: Path | None = None) -> Path:
 
 
 def _held(folder: Path) -> Path:
-    """A file for PIP_CONSTRAINT: what is tested, but for a numpy that containers still have and a pandas that takes it."""
+    """A file for PIP_CONSTRAINT: what is tested, but for a numpy as containers have it, and a pandas to that."""
     tested = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    lines = ["numpy==1.26.4", *(line for line in tested if not line.startswith(("numpy==", "torch==")))]
+    lines = ["numpy==1.26.4", *(line for line in tested if not line.startswith(("numpy==", "pandas==", "torch==")))]
     path = folder / "constraint.txt"
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
