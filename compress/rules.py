@@ -78,7 +78,8 @@ _RULES: tuple[_Rule, ...] = (
         "must be a positive number",
         "distill.learning_rate distill.muon_learning_rate distill.max_gradient_norm "
         "distill.epsilon distill.stop_slope prune.min_tokens_per_second cluster.memory_bytes cluster.peak_flops "
-        "cluster.price_per_gpu_hour cluster.node_bandwidth cluster.network_bandwidth cluster.stall_seconds correct.learning_rate",
+        "cluster.price_per_gpu_hour cluster.node_bandwidth cluster.network_bandwidth cluster.stall_seconds "
+        "correct.learning_rate",
     ),
     (lambda v: 0 <= v < math.inf, "must be 0 or more, and finite", "distill.weight_decay distill.balance_loss"),
     (lambda v: 0 <= v <= 1, "must be within 0 and 1", "distill.min_learning_rate_ratio correct.min_gain"),
