@@ -394,7 +394,6 @@ def _work(config: CompressConfig, made: Plan) -> Table:
 def _layouts(config: CompressConfig, made: Plan) -> Table:
     """What sharing a model by fewer or more GPUs takes of memory and of the links, for the batch as it is."""
     cluster, world = config.cluster, made.layout.num_ranks * made.copies
-    links = _links(config)
     result = Table(title="how many GPUs share a model: cluster.shard_ranks", title_justify="left")
     for column in ("shared by", "copies", "memory of a GPU", "each sends a step", "for", "beside computing for"):
         result.add_column(column, justify="right")
@@ -405,7 +404,7 @@ def _layouts(config: CompressConfig, made: Plan) -> Table:
         needed = _peak(_step_memory(config, made.teacher, made.student, layout, world))[1]
         collectives = _collectives(config, made.teacher, made.student, layout, world // share)
         sent = sum(one.sent for one in collectives)
-        seconds = None if links is None else links.seconds(collectives, share)
+        seconds = link_seconds(config, collectives, layout)
         fits = needed <= _usable(made)
         if fits and (best is None or (sent if seconds is None else seconds) < best[0]):
             best = sent if seconds is None else seconds, share
@@ -415,16 +414,18 @@ def _layouts(config: CompressConfig, made: Plan) -> Table:
             "" if seconds is None else f"{seconds:.3g} s", f"{made.step_seconds:.3g} s",
         )  # fmt: skip
     result.caption = "" if best is None else f"of those that fit, {best[1]} keeps the links busy least"
-    if links is None:
+    if seconds is None:
         result.caption += "; for seconds set cluster.node_bandwidth and cluster.network_bandwidth"
     return result
 
 
-def _links(config: CompressConfig) -> Links | None:
+def link_seconds(config: CompressConfig, collectives: Sequence[Collective], layout: Layout) -> float | None:
+    """Of a step, by cluster.node_bandwidth and cluster.network_bandwidth; None where these aren't given."""
     cluster = config.cluster
     if cluster.node_bandwidth is None or cluster.network_bandwidth is None:
         return None
-    return Links(cluster.gpus_per_node, cluster.node_bandwidth, cluster.network_bandwidth)
+    links = Links(cluster.gpus_per_node, cluster.node_bandwidth, cluster.network_bandwidth)
+    return links.seconds(collectives, layout.num_ranks)
 
 
 def slurm_request(config: CompressConfig, seconds: float) -> str:

@@ -22,6 +22,7 @@ from conftest import FAST, environment
 from distributed import torchrun
 from families import make_model, save_model
 
+from benchmarks.collectives import LAYOUTS, row_of
 from compress import checkpoint, pipeline
 from compress.config import load_config
 from compress.errors import ConfigError
@@ -292,3 +293,20 @@ def test_a_layout_of_more_ranks_is_refused_before_a_whole_run_in_one_process(cac
     with pytest.raises(ConfigError, match=r"cluster\.shard_ranks=3 must divide the 1 ranks"):
         pipeline.run(load_config(*settings_of(tmp_path / "run", cache, "stage=all", "cluster.shard_ranks=3")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_send_what_the_plan_says(layout: str, upstream: Path, cache: Path, tmp_path: Path) -> None:
+    """Every collective of the stage, by torch's own operators: as many bytes of each kind, none larger than a unit."""
+    num_ranks, extra = LAYOUTS[layout]
+    settings = settings_of(
+        Path(shutil.copytree(upstream, tmp_path / "run")), cache, "distill.validate_steps=null",
+        "compute_dtype=bfloat16", *extra,
+    )  # fmt: skip
+    found = row_of(num_ranks, settings, tmp_path, STEPS)
+    assert found["collectives"]
+    for what, figures in found["collectives"].items():
+        assert figures["bytes"] == figures["modelled_bytes"], what
+        assert figures["largest_bytes"] <= figures["largest_modelled_bytes"], what
+    assert max(found["largest_of_others"].values()) < 2**16, "sums of losses, names of files"

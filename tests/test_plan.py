@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from compress import plan
 from compress.architecture import ModelInfo, num_parameters, shape_of, with_sizes
 from compress.capture import listening, recording
+from compress.communication import Collective, Kind, Links
 from compress.config import load_config
 from compress.errors import ConfigError
 from compress.families import family_of
@@ -191,6 +192,48 @@ def test_the_stage_prints_tables_reads_no_weights_and_writes_nothing(
     for part in ("4,512,746,496", "GPU-hours", "money at 2.5", request, "GiB"):
         assert part in shown, shown
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_layouts_are_compared_and_the_configured_one_is_planned(
+    llama_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layer is sent between those that share it, a gradient between copies too; fewer sharing take more memory."""
+    from compress.pipeline import run
+
+    settings = ("cluster=h100", "cluster.num_nodes=8", "distill.recompute=true")
+    everyone, of_a_node = (
+        planned("llama31_8b_to_4b_width", llama_8b, *settings, f"cluster.shard_ranks={share}") for share in ("null", 8)
+    )
+    assert (everyone.layout.num_ranks, everyone.copies, of_a_node.layout.num_ranks, of_a_node.copies) == (64, 1, 8, 8)
+    assert of_a_node.peak[1] > everyone.peak[1]
+    student = num_parameters(everyone.teacher, everyone.student)
+    sent = {one.what: one for one in of_a_node.collectives}
+    assert sent["student: gradients"].num_bytes == 4 * student
+    assert sent["student: gradients of copies"].num_bytes == 4 * student // 8
+    assert sent["student: gradients of copies"].sent == pytest.approx(2 * 4 * student / 8 * 7 / 8, rel=1e-6)
+    assert "student: gradients of copies" not in {one.what for one in everyone.collectives}
+    run(load_config("recipe=llama31_8b_to_4b_width", "stage=plan", f"teacher.path={llama_8b}", *settings))
+    shown = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = {line[1].split()[0]: line for line in shown if len(line) == 8 and line[1].split()[0].isdigit()}
+    assert list(rows) == ["1", "8", "16", "32", "64"]
+    assert "too much" in rows["1"][3]
+    assert "(chosen)" in rows["64"][1]
+    seconds = {share: float(line[5].split()[0]) for share, line in rows.items()}
+    assert seconds["8"] < seconds["64"], "a node's own links are the faster ones"
+    with pytest.raises(ConfigError, match=r"cluster\.shard_ranks=7 must divide the 64 ranks"):
+        planned("llama31_8b_to_4b_width", llama_8b, *settings, "cluster.shard_ranks=7")
+
+
+def test_links_between_nodes_are_shared_by_the_rings_that_go_through_them() -> None:
+    """By hand: a gather of 8e9 bytes over 16 GPUs of two nodes, and the all-reduce of 8 copies, a GPU of each node."""
+    links = Links(gpus_per_node=8, local=400e9, network=50e9)
+    gather = Collective("", Kind.gather, 16, 8 * 10**9, 0)
+    assert gather.sent == 7.5e9
+    assert links.seconds([gather], 16) == pytest.approx(7.5e9 / 400e9), "eight cards side by side"
+    reduce = Collective("", Kind.reduce, 8, 8 * 10**9, 0)
+    assert reduce.sent == 14e9
+    assert links.seconds([reduce], 8) == pytest.approx(14e9 / 50e9), "each of eight rings has a card"
+    assert links.seconds([replace(gather, num_ranks=8)], 8) == pytest.approx(7e9 / 400e9)
 
 
 def test_a_budget_is_planned_by_its_largest_shape(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
