@@ -322,11 +322,12 @@ def shard(
         param_dtype=compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
     )
     routers = routers_of(step_module) if mixed else []
-    for router in routers:
-        fully_shard(router, mesh=mesh, reshard_after_forward=False)
     # At one rank a second gather in the backward is a copy for nothing: keep what the forward gathered.
     for number, layer in enumerate(layers):
         fill(number)
+        inside = set(layer.modules())
+        for router in (one for one in routers if one in inside):
+            fully_shard(router, mesh=mesh, reshard_after_forward=False)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
     fill(None)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

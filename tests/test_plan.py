@@ -66,7 +66,9 @@ def test_work_is_that_of_a_forward_and_a_backward(llama_8b: Path) -> None:
     assert again.flops_per_token - found.flops_per_token == pytest.approx(2 * matrices[1], rel=0.01)
     assert found.seconds == pytest.approx(94e9 * found.flops_per_token / (64 * 989e12 * 0.4))
     windowed = planned("llama31_8b_to_4b_width", llama_8b, *short, "teacher.whole_window=true")
-    assert windowed.peak[1] - found.peak[1] == 1152 // 64 * 64 * 4096 * 2, "a rank's states of the global batch"
+    states = windowed.memory["the loss"]["teacher: final states of the whole window"]
+    assert states == 1152 // 64 * 64 * 4096 * 2, "a rank's of the global batch"
+    assert windowed.memory["the teacher's forward"]["gathered: the teacher's"] == pytest.approx(2 * 8.03e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral"])
