@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.common import RESULTS, ROOT, machine, write_result
 
-STEPS, BATCH, LENGTH = 3, 16, 64
+STEPS, BATCH, LENGTH = 3, 32, 64
 SETTINGS = [
     "recipe=tiny", f"data.sequence_length={LENGTH}", f"distill.num_tokens={STEPS * BATCH * LENGTH}",
-    f"distill.global_batch_size={BATCH}", "distill.micro_batch_size=2", "threads=1", "distill.checkpoint_steps=99",
+    f"distill.global_batch_size={BATCH}", "distill.micro_batch_size=4", "threads=1", "distill.checkpoint_steps=99",
     "compute_dtype=bfloat16",
 ]  # fmt: skip
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -40,8 +41,9 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "2 copies of 2 ranks": (4, ("cluster.shard_ranks=2",)),
     "4 copies": (4, ("cluster.shard_ranks=1",)),
     "2 ranks, the teacher first": (2, ("teacher.whole_window=true",)),
-    "2 ranks, recomputed, float32": (2, ("distill.recompute=true", "compute_dtype=float32")),
+    "2 ranks, recomputed": (2, ("distill.recompute=true",)),
 }
+NUMBERS = 64  # bytes of a few numbers, such as the gradient's norm
 KINDS = {
     "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce",
 }  # fmt: skip
@@ -61,9 +63,10 @@ class Recorder(TorchDispatchMode):
         if namespace == "c10d":
             flat = tree_flatten((args, kwargs or {}))[0]
             size = max((one.nbytes for one in flat if isinstance(one, Tensor)), default=0)
-            if name in KINDS:
-                [group] = [one for one in flat if isinstance(one, torch.ScriptObject) and hasattr(one, "size")]
-                self.seen.append((KINDS[name], group.size(), size))
+            if name in KINDS and size > NUMBERS:
+                objects = [one for one in flat if isinstance(one, torch.ScriptObject)]
+                [group] = [one for one in objects if str(one._type()).endswith(".ProcessGroup")]
+                self.seen.append((KINDS[name], dist.ProcessGroup.unbox(group).size(), size))
             else:
                 self.others[name] = max(self.others[name], size)
         return func(*args, **(kwargs or {}))
@@ -88,22 +91,24 @@ def recorded(num_ranks: int, settings: list[str], folder: Path) -> dict[str, Any
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
-        raise SystemExit(f"{settings} on {num_ranks} ranks failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{settings} on {num_ranks} ranks failed:\n{done.stderr[-6000:]}")
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 
 
-def modelled(num_ranks: int, settings: list[str]) -> list[Any]:
-    """The collectives of a step by the plan's model."""
+def modelled(num_ranks: int, settings: list[str]) -> tuple[list[Any], int]:
+    """(the collectives of a step by the plan's model, bytes of a micro-batch's logits)."""
     from compress.config import load_config
     from compress.plan import make_plan
 
-    return make_plan(load_config(*settings), num_ranks=num_ranks).collectives
+    made = make_plan(load_config(*settings), num_ranks=num_ranks)
+    tokens = made.layout.micro_batch_size * made.layout.sequence_length
+    return made.collectives, tokens * made.student.vocab_size * made.layout.compute_bytes
 
 
 def row_of(num_ranks: int, settings: list[str], folder: Path, num_steps: int = STEPS) -> dict[str, Any]:
     """Seen and modelled bytes of the whole stage by kind and group, and the largest of each."""
-    seen, model = recorded(num_ranks, settings, folder), modelled(num_ranks, settings)
+    seen, (model, logits) = recorded(num_ranks, settings, folder), modelled(num_ranks, settings)
     rows: dict[str, Any] = {}
     kinds = {(str(one.kind), one.num_ranks) for one in model} | {(kind, size) for kind, size, _ in seen["seen"]}
     for kind, size in sorted(kinds):
@@ -114,7 +119,7 @@ def row_of(num_ranks: int, settings: list[str], folder: Path, num_steps: int = S
             "count": len(theirs), "largest_bytes": max(theirs, default=0),
             "largest_modelled_bytes": max((one.largest for one in ours), default=0),
         }  # fmt: skip
-    return {"collectives": rows, "largest_of_others": seen["others"]}
+    return {"collectives": rows, "largest_of_others": seen["others"], "logits_bytes": logits}
 
 
 def main() -> None:
@@ -144,7 +149,8 @@ def main() -> None:
                     f"{figures['modelled_bytes']:,}; the largest {figures['largest_bytes']:,}, modelled "
                     f"{figures['largest_modelled_bytes']:,}"
                 )
-            print(f"  else at most {max(row['largest_of_others'].values(), default=0):,} bytes", flush=True)
+            others = max(row["largest_of_others"].values())
+            print(f"  else at most {others:,}; logits of a micro-batch: {row['logits_bytes']:,}", flush=True)
     write_result(options.output, {"machine": machine(), "layouts": found})
     print(f"written: {options.output}")
 
