@@ -1,7 +1,7 @@
 """The plan's memory against what is: real training steps on this machine, and torch's FSDP2 tracker for 64 ranks.
 
-    python -m benchmarks.plan                    # from the repository's root; about 5 minutes, 10 GB of memory
-    python -m benchmarks.plan --only real        # or tracker
+    python -m benchmarks.plan                    # from the repository's root; about 8 minutes, 12 GB of memory
+    python -m benchmarks.plan --only real        # or ranks, or tracker
 
 real: three students whose states (float32 weights, gradients, AdamW's moments) take 1 to 5 GB, with a teacher of a
 third more; three steps of 4x512 tokens by the code of the distill stage, each size in a process of its own. Measured is
@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "160 M": ((768, 3072, 20, 12, 6), (768, 2048, 16, 12, 6)),
     "320 M": ((1024, 4096, 24, 16, 8), (1024, 2816, 20, 16, 8)),
 }
+PARTS = ("teacher", "student")
 BATCH, LENGTH, STEPS = 4, 512, 3
+SHARING = 4
 RANKS = 64
 LLAMA_8B = (4096, 14336, 32, 32, 8)
 STUDENTS = {"llama31_8b_to_4b_width": (3072, 9216, 32, 32, 8), "llama31_8b_to_4b_depth": (4096, 14336, 16, 32, 8)}
@@ -72,15 +75,28 @@ def planned(teacher: Any, sizes: tuple[int, ...], layout: Any) -> dict[str, int]
 # ---- real steps, in a worker's process ---------------------------------------------------------------------------
 
 
-def real(name: str) -> dict[str, Any]:
+def save_models(name: str, folder: Path) -> None:
+    """Teacher and student of a size, as `streamed_model` reads them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    for sizes, part, dtype in zip(SIZES[name], PARTS, (torch.bfloat16, torch.float32), strict=True):
+        AutoModelForCausalLM.from_config(config_of(sizes, VOCABULARY), dtype=dtype).save_pretrained(folder / part)
+
+
+def trained(name: str, folder: Path) -> dict[str, Any] | None:
+    """What training takes of this rank, or of the rank that takes most; None on the others than the first."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from compress.memory import Layout
+    from compress.models import decoder_layers
     from compress.objectives.terms import Term
-    from compress.parallel import shard, single_process_mesh
+    from compress.parallel import device_mesh, shard, shard_frozen
     from compress.settings import DistillConfig
     from compress.step import StudentModule, accumulate_gradients
+    from compress.streaming import streamed_model
     from compress.teacher import Teacher
     from compress.tokens import TokenBatch
     from compress.training import optimizer_of
@@ -89,11 +105,13 @@ def real(name: str) -> dict[str, Any]:
     AutoModelForCausalLM.from_config(config_of((64, 128, 1, 8, 4), 128))  # imports the family
     teacher_sizes, student_sizes = SIZES[name]
     baseline = anonymous_bytes()
-    with PeakMemory(0.005) as peak, single_process_mesh() as mesh:
-        teacher = Teacher(AutoModelForCausalLM.from_config(config_of(teacher_sizes, VOCABULARY), dtype=torch.bfloat16))
-        model = AutoModelForCausalLM.from_config(config_of(student_sizes, VOCABULARY), dtype=torch.float32)
+    with PeakMemory(0.005) as peak, device_mesh(None) as (ranks, mesh):
+        frozen, fill = streamed_model(folder / PARTS[0], torch.bfloat16)
+        shard_frozen(frozen, mesh, fill)
+        teacher = Teacher(frozen)
+        model, fill = streamed_model(folder / PARTS[1], torch.float32)
         module = StudentModule(model).train()
-        shard(module, model.model.layers, mesh, torch.bfloat16)
+        shard(module, decoder_layers(model), mesh, torch.bfloat16, fill)
         optimizer = optimizer_of(module, DistillConfig(learning_rate=1e-4))
         every_BT = torch.ones(BATCH, LENGTH, dtype=torch.bool)
         loss_mask_BT = every_BT.clone()
@@ -103,11 +121,15 @@ def real(name: str) -> dict[str, Any]:
         for _ in range(STEPS):
             ids_BT = torch.randint(VOCABULARY, (BATCH, LENGTH))
             batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, every_BT)
-            accumulate_gradients(module, teacher, [batch], [Term("forward_kl")])
+            accumulate_gradients(module, teacher, [batch], [Term("forward_kl")], ranks)
             optimizer.step(1.0, 1.0)
         count = sum(p.numel() for p in model.parameters())
-    parts = planned(info_of(config_of(teacher_sizes, VOCABULARY)), student_sizes, Layout(1, BATCH, LENGTH, on_cpu=True))
-    return {"num_parameters": count, "measured_bytes": peak.bytes - baseline, "parts": parts}
+        most = [int(found) for [found] in ranks.gather([torch.tensor(peak.bytes - baseline)])]
+    if not ranks.is_main:
+        return None
+    layout = Layout(ranks.size, BATCH, LENGTH, on_cpu=True)
+    parts = planned(info_of(config_of(teacher_sizes, VOCABULARY)), student_sizes, layout)
+    return {"num_parameters": count, "measured_bytes": max(most), "each_rank_bytes": most, "parts": parts}
 
 
 # ---- the tracker, in a worker's process --------------------------------------------------------------------------
@@ -176,7 +198,7 @@ def tracked(name: str, length: int) -> dict[str, Any]:
 
 
 def worker(command: list[str], tunables: str) -> dict[str, Any]:
-    environment = {**os.environ, "GLIBC_TUNABLES": tunables, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{command} failed:\n{result.stderr[-3000:]}")
@@ -186,24 +208,33 @@ def worker(command: list[str], tunables: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("real", "tracker"))
+    parser.add_argument("--only", choices=("real", "ranks", "tracker"))
     parser.add_argument("--length", type=int, default=4096, help="tokens of the tracker's sequence")
     parser.add_argument("--output", type=Path, default=RESULTS / "plan.json")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         kind, name = options.worker
-        print(json.dumps(real(name) if kind == "real" else tracked(name, options.length)))
+        found = tracked(name, options.length) if kind == "tracker" else trained(name, options.folder)
+        if found is not None:
+            print(json.dumps(found))
         return
     rows: dict[str, dict[str, Any]] = {}
-    jobs = [("real", name) for name in SIZES] + [("tracker", name) for name in STUDENTS]
+    jobs = [(kind, name) for kind in ("real", "ranks") for name in SIZES] + [("tracker", name) for name in STUDENTS]
     for kind, name in jobs:
         if options.only not in (None, kind):
             continue
-        command = [sys.executable, "-m", "benchmarks.plan", "--worker", kind, name, "--length", str(options.length)]
-        row = worker(command, "glibc.malloc.mmap_threshold=1048576")
-        if kind == "real":
-            row["by_default_bytes"] = worker(command, "glibc.malloc.hugetlb=1")["measured_bytes"]
+        with tempfile.TemporaryDirectory() as folder:
+            if kind != "tracker":
+                save_models(name, Path(folder))
+            command = ["-m", "benchmarks.plan", "--worker", kind, name, "--length", str(options.length)]
+            if kind == "ranks":
+                command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SHARING}", *command]
+            command = [sys.executable, *command, "--folder", folder]
+            row = worker(command, "glibc.malloc.mmap_threshold=1048576")
+            if kind != "tracker":
+                row["by_default_bytes"] = worker(command, "glibc.malloc.hugetlb=1")["measured_bytes"]
         row["planned_bytes"] = sum(size for part, size in row["parts"].items() if part != "moment")
         row["ratio"] = row["planned_bytes"] / row["measured_bytes"]
         rows[f"{kind}: {name}"] = row
