@@ -27,6 +27,7 @@ def _torchs(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None)
     return out.transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [1, 4])
 def test_output_and_gradients_are_as_exact_as_torchs(documents: int) -> None:
     """Two whole blocks of queries and a part of one; key-value heads shared by two; strided as the models hand them."""

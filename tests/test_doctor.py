@@ -236,6 +236,7 @@ def start(cache: Path, folder: Path, size: int, of: dict[int, dict[str, str]], *
     return found
 
 
+@pytest.mark.slow
 def test_a_node_that_is_not_fit_is_named_on_every_rank(cache: Path, tmp_path: Path) -> None:
     """Its network interface is missing, so that gloo could not have told the others."""
     found = start(cache, tmp_path, 2, {1: {"GLOO_SOCKET_IFNAME": "nope0"}})

@@ -477,6 +477,7 @@ def _write_differences(folder: Path) -> None:
     save_file(differences, folder / f"{launched().rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_gradient_is_the_same_on_two_ranks(tmp_path: Path) -> None:
     on_ranks(2, _write_differences, tmp_path)
     for rank in range(2):

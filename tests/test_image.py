@@ -139,6 +139,7 @@ def test_an_environment_without_torch_is_left_as_it_is(tmp_path: Path) -> None:
     assert f"there is no torch in {tmp_path / 'bare'}: install the build that fits this machine" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wheel_that_asks_for_another_torch_is_refused_and_torch_stays(tmp_path: Path) -> None:
     torch_wheel = _make(tmp_path, f"torch-{BUILT_FOR_IT}", {"torch/__init__.py": ""}, "")
     python = _base(tmp_path / "base", torch_wheel)

@@ -80,6 +80,7 @@ def test_without_requeue_the_jobs_of_a_stage_follow_each_other_however_they_end(
     assert ["COMPRESS_LINK=2" in line for line in lines[3:6]] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> None:
     place = (*FAST, "until=prune", f"run_dir={tmp_path}/sweep")
     done = pipeline("--dry-run", *place, "prune.hidden_size=32,48", "seed=choice(1,2)", script="sweep.sh")
@@ -95,6 +96,7 @@ def test_a_sweep_is_a_chain_for_every_combination_in_a_folder_of_its_own(tmp_pat
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_submitted_again(command: Command, cache: Path, tmp_path: Path) -> None:
     place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]
     assert command(*place, "until=tokenize").returncode == 0
@@ -115,6 +117,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_submitted(tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_job_script_is_told_how_it_ended(command: Command, cache: Path, tmp_path: Path) -> None:
     outcome = tmp_path / "outcome"
     place = [*FAST, f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]

@@ -136,14 +136,15 @@ def test_ranks_train_as_one_process(
     assert_same_training(train(size, run_dir, cache, *extra), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "extra"),
     [
         (2, ()),
-        pytest.param(4, (), marks=pytest.mark.slow),
-        pytest.param(4, ("cluster.shard_ranks=2",), id="4-HSDP", marks=pytest.mark.slow),
-        pytest.param(2, ("distill.recompute=true", "distill.micro_batch_size=1"), marks=pytest.mark.slow),
-        pytest.param(1, ("distill.micro_batch_size=8",), marks=pytest.mark.slow),
+        (4, ()),
+        pytest.param(4, ("cluster.shard_ranks=2",), id="4-HSDP"),
+        (2, ("distill.recompute=true", "distill.micro_batch_size=1")),
+        (1, ("distill.micro_batch_size=8",)),
     ],
 )
 def test_a_mixture_trains_on_ranks_as_in_one_process(

@@ -126,6 +126,7 @@ def _asked(folder: Path) -> None:
         assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_answers_a_whole_window_is_gathered_once(tmp_path: Path) -> None:
     """A unit is each layer, and the embedding."""
     on_ranks(2, _asked, save_model(tmp_path / "m", make_model(dtype=torch.float32)))
@@ -152,6 +153,7 @@ def _measured(folder: Path, into: Path) -> None:
             del model
 
 
+@pytest.mark.slow
 def test_no_rank_ever_holds_the_model(tmp_path: Path) -> None:
     """At two ranks each takes its half and a unit beside it: a layer, or what is outside of the layers. The checkpoint
     is in neither dtype, since mapped files aren't counted: loading the whole takes all of the model, and then the half.

@@ -149,7 +149,8 @@ def _train_on_ranks(folder: Path) -> None:
         save_file({**found, "norms": torch.tensor(norms)}, folder / "ranks.safetensors")
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_muon_on_several_ranks_is_torchs_on_one(size: int, tmp_path: Path) -> None:
     """Three steps: weights and momentum bit for bit, also where a rank holds no row of a matrix; the norm of all."""
     plain = _Wrapper()

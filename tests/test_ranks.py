@@ -102,7 +102,8 @@ def write_figures(folder: Path) -> None:
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(found))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_figures_are_the_same_on_any_number_of_ranks_to_the_bit(size: int, tmp_path: Path) -> None:
     """Shares are unequal, and a set has fewer batches than there are ranks."""
     on_ranks(1, write_figures, tmp_path)
@@ -160,6 +161,7 @@ def test_torchrun_scores_and_one_process_goes_on(run: Run, cache: Path, tmp_path
     assert prints[0] == prints[1], "how many ranks scored doesn't matter to what follows"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -140,6 +140,7 @@ def write_steps(folder: Path, sizes: list[int], dtype: torch.dtype = torch.float
         save_file({**gradients, "counts": found.experts.counts_LE, "facts": facts}, folder / name)
 
 
+@pytest.mark.slow
 def test_load_and_balance_are_the_same_for_every_split(tmp_path: Path) -> None:
     """Over micro-batches and ranks, with padding, and with an expert that no token of any of them chooses."""
     on_ranks(1, write_steps, tmp_path, [8, 1, 4])
@@ -183,6 +184,7 @@ def check_dead_expert(dtype: torch.dtype) -> None:
         assert all(bool(gradient[expert].norm() > 0) for expert in range(1, 5))
 
 
+@pytest.mark.slow
 def test_the_balance_loss_is_transformers_own(tmp_path: Path) -> None:
     """Layer by layer, as the paper has it; its gradient too, where the step before had the same load."""
     on_ranks(1, check_against_transformers)

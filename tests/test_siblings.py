@@ -57,6 +57,7 @@ def test_each_draws_its_own_random_numbers(run: Run, teacher: Path, tmp_path: Pa
     assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
+@pytest.mark.slow
 def test_one_that_is_behind_catches_up(run: Run, tmp_path: Path) -> None:
     """After a kill between two saves: the checkpoints of one are older."""
     settings = (
@@ -99,6 +100,7 @@ def test_what_siblings_cannot_be_is_refused(run: Run, settings: tuple[str, ...],
         run(*NONE, *settings)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_all_of_them(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised while the second one steps: the first, which has done its step, is saved too, and both go on exactly."""
     settings = (*NONE, BOTH)

@@ -100,6 +100,7 @@ def _write_splits(folder: Path) -> None:
                 _write_split(folder, size, masked)
 
 
+@pytest.mark.slow
 def test_every_split_over_micro_batches_accumulation_and_ranks_is_one_gradient(tmp_path: Path) -> None:
     """Eight sequences, ragged masks, one rank with nothing to learn; several terms with counts of their own."""
     for size in (1, 2):
