@@ -62,6 +62,7 @@ def test_a_typo_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_name_and_ones_own_recipes_are_found(command: Command, cache: Path, tmp_path: Path) -> None:
     """Options may stand behind the settings; nothing is left in the working folder but runs/."""
     own = tmp_path / "own" / "recipe"

@@ -104,6 +104,7 @@ def test_a_killed_correction_goes_on(
     assert reports[0] == reports[1], "the trial is judged where it ended, not where the kill came"
 
 
+@pytest.mark.slow
 def test_siblings_share_one_correction(run: Run, tmp_path: Path) -> None:
     members = "siblings=[{name: a, prune: {num_hidden_layers: 3}}, {name: b, prune: {num_hidden_layers: 2}}]"
     both = ("prune.num_hidden_layers=null", "prune.intermediate_size=null", members)

@@ -60,6 +60,7 @@ def test_a_begun_run_is_looked_at_and_left_as_it_is(
     assert re.search(r"[\d.]+ GB free, .* still needed \([\d.]+ MB are there\)", found["disk"][1])
 
 
+@pytest.mark.slow
 def test_all_that_is_wrong_is_said_at_once_and_ends_in_an_error(
     command: Command, cache: Path, teacher: Path, tmp_path: Path
 ) -> None:

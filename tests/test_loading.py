@@ -50,7 +50,9 @@ def assert_same_model(found: PreTrainedModel, loaded: PreTrainedModel) -> None:
     assert tied[0] == tied[1] == loaded.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "stored", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["bfloat16", "float32"]
+)
 @pytest.mark.parametrize(("variant", "tied"), MODELS)
 def test_a_streamed_model_is_the_one_that_transformers_loads(
     variant: str, tied: bool, stored: torch.dtype, tmp_path: Path

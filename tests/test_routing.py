@@ -171,6 +171,7 @@ def test_routers_that_are_units_of_their_own_are_reduced_over_the_ranks(tmp_path
         assert (gradient - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_expert_without_tokens_has_a_gradient_of_zeros(dtype: torch.dtype) -> None:
     on_ranks(1, check_dead_expert, dtype)

@@ -46,6 +46,7 @@ def test_each_is_what_it_would_be_alone_and_the_teacher_runs_once(
     assert not asked, "done before"
 
 
+@pytest.mark.slow
 def test_each_draws_its_own_random_numbers(run: Run, teacher: Path, tmp_path: Path) -> None:
     """A student with dropout, beside another."""
     path = teacher / "config.json"

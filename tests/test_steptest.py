@@ -50,6 +50,7 @@ def test_every_objective_is_tried() -> None:
     assert len(names) == 5 + sum(1 if objective.detached else 2 for objective in of_logits)
 
 
+@pytest.mark.slow
 def test_every_line_finds_what_it_is_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("until=prune")
 

@@ -163,6 +163,7 @@ def test_tables_with_nulls_for_absent_keys_give_the_same_conversations(cache: Pa
     assert 'm{"city": "Ghent"}<|im_end|>ja{"river": ["Lys"]}' in (tmp_path / "run/tokens/samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(cache: Path, tmp_path: Path) -> None:
     for workers in (0, 1, 2):
         tokenize.run(
