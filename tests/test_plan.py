@@ -278,6 +278,20 @@ def test_the_8b_recipes_are_within_ten_per_cent_of_torchs_own_tracker(recipe: st
     assert planned_bytes == pytest.approx(found["measured_bytes"], rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llama31_8b_to_4b_width", "llama31_8b_to_4b_depth"])
+def test_a_whole_step_of_the_8b_recipes_on_64_ranks_sends_what_the_plan_says(recipe: str) -> None:
+    """The distill stage's own step on fake tensors in a fake group: teacher, two micro-batches, optimizer."""
+    command = [sys.executable, "-m", "benchmarks.collectives", "--fake", recipe]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["parameters_with_gradient"] == found["parameters"]
+    assert list(found["collectives"]) == ["all-gather over 64", "reduce-scatter over 64"]
+    for figures in found["collectives"].values():
+        assert figures["bytes"] == figures["modelled_bytes"]
+        assert figures["largest_bytes"] == figures["largest_modelled_bytes"]
+
+
 def test_a_teacher_that_is_not_asked_costs_no_memory_and_no_work(tmp_path: Path) -> None:
     """From a cache, whose disk is counted instead; by the student's own earlier word, which needs neither."""
     terms = "distill.objectives=[{},{objective: cross_entropy}]"
