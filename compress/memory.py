@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.architecture import ModelInfo, num_parameters, parse_config, student_config
 from compress.families import Shape
-from compress.objectives.chunked import PRODUCT_ROWS, tokens_per_chunk
+from compress.objectives.chunked import rows_per_product, tokens_per_chunk
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # a parameter: float32 weight, AdamW's two moments
 GRADIENT_BYTES = 4  # reduced in float32
@@ -106,7 +106,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
     head = vocabulary * hidden
     # One product is the gradient, two are added in their own dtype, the sum of more is kept in float32.
     products = item if item == 4 or tokens <= chunk else 2 * item + (4 if tokens > 2 * chunk else 0)
-    of_teacher = min(chunk, PRODUCT_ROWS) if layout.on_cpu else chunk
+    of_teacher = min(chunk, rows_per_product(item)) if layout.on_cpu else chunk
     loss = {
         "loss: logits of a chunk": (chunk + of_teacher) * vocabulary * item,
         "loss: softmax in float32": (0 if layout.on_cpu else 3 * chunk * vocabulary * 4),

@@ -24,7 +24,7 @@ from compress.objectives.terms import Rows, SparseRows, Term
 
 _BLOCKS = 8  # of the elementwise blocks of forward KL alone: several results at a time
 CHUNK_BYTES = 192 << 20  # of the student's and the teacher's logits together
-PRODUCT_ROWS = 256  # of a CPU's products to and from logits: what they make is still in its caches when it is read
+ROW_BYTES = 1024  # of a column of a CPU's products to and from logits: what they make is still in its caches when read
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,11 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = scales[0] if any(ctx.needs_input_grad) else None  # of a loss of one term
         paired = any(OBJECTIVES[term.objective].pairs for term in terms)
         total = len(student_ND)
-        block = min(size, PRODUCT_ROWS) if student_ND.device.type == "cpu" else size
+        block = min(size, rows_per_product(student_ND.element_size())) if student_ND.device.type == "cpu" else size
         size -= size % block
-        # A CPU takes twice as long for a bfloat16 product whose first factor is turned, here the larger one.
-        turned = compiled and student_ND.device.type == "cpu" and student_ND.dtype is torch.bfloat16
+        # AMX takes twice as long for a bfloat16 product whose first factor is turned, here the larger one; AVX-512 a
+        # sixth less than for turning what comes of the other product.
+        turned = compiled and student_ND.dtype is torch.bfloat16 and _has_amx() and student_ND.device.type == "cpu"
         logits_CV = student_ND.new_empty(min(size + paired, total), len(weight_VD))
         room_RV = None
         if isinstance(signal, DenseSignal):
@@ -231,6 +232,12 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, last: bool)
 
 
 @functools.cache
+def _has_amx() -> bool:
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16"))
+
+
+@functools.cache
 def _turn() -> Callable[[Tensor], Tensor]:
     """The transpose of a matrix in memory, compiled: torch's own copy takes four times as long on a CPU."""
     return torch.compile(lambda matrix: matrix.T.contiguous(), dynamic=True)
@@ -271,6 +278,11 @@ def chunked_loss(
         student_ND, head.weight_VD, head.bias_V, head, signal, targets, list(terms), scales, size, compiled
     )
     return result
+
+
+def rows_per_product(element_bytes: int) -> int:
+    """Tokens of a block of logits on a CPU."""
+    return ROW_BYTES // element_bytes
 
 
 def tokens_per_chunk(vocabulary: int, element_bytes: int) -> int:
