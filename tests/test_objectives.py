@@ -53,7 +53,7 @@ def test_equals_the_textbook_for_every_chunk(
 ) -> None:
     """However many tokens a chunk has, and the products within it."""
     case = _case(tokens, vocabulary, seed=seed)
-    with mock.patch("compress.objectives.chunked.rows_per_product", lambda _: rows):
+    with mock.patch("compress.objectives.chunked.rows_per_product", return_value=rows):
         ours = distillation_loss(*case, temperature=temperature, chunk_tokens=chunk)
     expected = _textbook(*case, temperature)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
@@ -293,7 +293,7 @@ def test_every_objective_is_its_formula_and_gradient_for_every_chunk(
     paired = torch.rand(tokens, generator=generator) < 0.7
     term = Term(name, temperature=temperature, k=5, lower_quantile=0.3, upper_quantile=0.9, beta=0.3, smoothing=0.4)
     head = OutputHead(weight, 15.0, bias, 0.8)
-    with mock.patch("compress.objectives.chunked.rows_per_product", lambda _: rows):
+    with mock.patch("compress.objectives.chunked.rows_per_product", return_value=rows):
         loss, sums = chunked_loss(
             hidden, head, DenseSignal(teacher_hidden, teacher_head), Targets(labels, paired), [term], [0.37],
             chunk_tokens=chunk,
