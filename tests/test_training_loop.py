@@ -310,6 +310,25 @@ def test_a_writer_in_a_thread_writes_what_was_there_at_the_call(
     assert torch.equal(torch.rand(3), drawn)
 
 
+def test_an_asynchronous_copy_takes_memory_once_and_never_what_is_being_written(tmp_path: Path) -> None:
+    """Weights that change at once after each save; what grows between them (the previous batch) is as welcome."""
+    state = {"model/a": torch.zeros(500, 500)}
+    with checkpoint.Writer(tmp_path, 3, asynchronous=True) as writer:
+        places = []
+        for step in (1, 2, 3):
+            state["model/a"].fill_(step)
+            state["previous/b"] = torch.full((step,), float(step))
+            writer.save(step, state, {})
+            places.append(writer._copy["model/a"].data_ptr())
+            state["model/a"].fill_(-1)
+    assert len(set(places)) == 1
+    for step in (1, 2, 3):
+        found = {"model/a": torch.empty(500, 500), "previous/b": torch.empty(step)}
+        checkpoint.load(tmp_path / f"step_{step:08d}", found)
+        assert torch.equal(found["model/a"], torch.full((500, 500), float(step)))
+        assert torch.equal(found["previous/b"], torch.full((step,), float(step)))
+
+
 def test_a_failed_write_in_a_thread_is_raised_at_the_next_call_and_leaves_what_was(tmp_path: Path) -> None:
     with checkpoint.Writer(tmp_path, 1, asynchronous=True) as writer:
         writer.save(1, state(1.0), {})
