@@ -41,11 +41,11 @@ def _versions(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     names = {
         f"version of {name}": found for name, found in [("Python", platform.python_version()), *versions().items()]
     }
-    _compare(names, ranks, "use one environment, or image, on every node")
+    _compare(names, ranks, "use one environment, or image, on every node", tell=True)
 
 
 def _settings(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
-    _compare(_leaves(plain_settings(config)), ranks, "start every rank by the same command")
+    _compare(_leaves(plain_settings(config)), ranks, "start every rank by the same command", tell=True)
 
 
 def _teacher(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
@@ -61,14 +61,14 @@ def _leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _compare(facts: Mapping[str, Any], ranks: Ranks, remedy: str) -> None:
-    """Facts of the same names on every rank."""
+def _compare(facts: Mapping[str, Any], ranks: Ranks, remedy: str, *, tell: bool = False) -> None:
+    """Facts of the same names on every rank. tell: a person can read them."""
     digests = torch.tensor([int(fingerprint(value)[:12], 16) for value in facts.values()], dtype=torch.float64)
     first, *others = (found for [found] in ranks.gather([digests]))
     for rank, found in enumerate(others, start=1):
         different = [name for name, same in zip(facts, (found == first).tolist(), strict=True) if not same]
         if different:
-            own = f" (here, on rank {ranks.rank}: {facts[different[0]]})" if "." in different[0] else ""
+            own = f" (here, on rank {ranks.rank}: {facts[different[0]]})" if tell else ""
             raise ConfigError(
                 f"rank {rank} of {ranks.size} has another {' and '.join(different[:3])} than rank 0{own}; {remedy}"
             )
