@@ -22,6 +22,12 @@ for name in (
         print(f"{name}=={installed.version(name)}")
     except installed.PackageNotFoundError:
         pass
+try:
+    numpy = installed.version("numpy")
+except installed.PackageNotFoundError:
+    numpy = ""
+if numpy.startswith("1."):  # what a container's packages are built against; later pyarrow fails at import, unasked by pip
+    print(f"numpy=={numpy}\npyarrow<26")
 PY
 if ! grep -q '^torch==' "$kept"; then
   echo "there is no torch in $("$python" -c 'import sys; print(sys.prefix)'): install the build that fits this machine" \
@@ -35,7 +41,9 @@ import importlib.metadata as installed
 import sys
 
 for line in open(sys.argv[1]):
-    name, _, version = line.strip().partition("==")
+    name, exact, version = line.strip().partition("==")
+    if not exact:
+        continue
     found = installed.version(name)
     if found != version:
         sys.exit(f"{name} was {version} and is {found} now: pip didn't keep to its constraint; use a newer pip")

@@ -18,7 +18,7 @@ building=$(mktemp -d "$folder.XXXXXX.tmp")
 trap 'rm -rf "$building"' EXIT
 chmod 755 "$building"
 mkdir "$building/wheels"
-"$python" -m pip install --dry-run --quiet --report "$building/report.json" "${@:2}"
+PYTHON=$python bash "$here/install.sh" "${@:2}" --dry-run --quiet --report "$building/report.json"   # keeps what that keeps
 "$python" - "$building" << 'PY'
 import json
 import pathlib
@@ -39,6 +39,7 @@ cd "\$(dirname "\${BASH_SOURCE[0]}")"
 sha256sum --check --quiet SHA256SUMS
 exec bash install_wheel.sh 'wheels/$(basename "$wheel")' --no-index --find-links=wheels "\$@"
 EOF
+chmod 755 "$building/install.sh"
 rm "$building/report.json"
 (cd "$building" && sha256sum wheels/* install_wheel.sh > SHA256SUMS)
 mv -T "$building" "$folder"

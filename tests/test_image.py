@@ -52,13 +52,17 @@ def _base(folder: Path, torch_wheel: Path | None = None) -> Path:
     ours = Path(torch.__file__).parents[1]
     for part in [*ours.glob("torch-*.dist-info"), *(ours / name for name in ("torch", "torchgen", "functorch"))]:
         (site / part.name).symlink_to(part)
+    subprocess.run([python, "-m", "pip", "install", "-q", "numpy==1.26.4"], check=True)
     return python
 
 
 def _held(folder: Path) -> Path:
-    """A file for PIP_CONSTRAINT: what is tested, but for a numpy as containers have it, and a pandas to that."""
+    """A file for PIP_CONSTRAINT: what is tested, but for a numpy as containers have it, and what goes with that."""
     tested = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    lines = ["numpy==1.26.4", *(line for line in tested if not line.startswith(("numpy==", "pandas==", "torch==")))]
+    lines = [
+        "numpy==1.26.4",
+        *(line for line in tested if not line.startswith(("numpy==", "pandas==", "pyarrow==", "torch=="))),
+    ]
     path = folder / "constraint.txt"
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
@@ -68,7 +72,10 @@ def _shell(command: str, python: Path, cwd: Path, *, network: bool = True, **var
     """Of an environment, as bash runs a command in it; where this user may, in a namespace without a network."""
     given = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     variables |= {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    alone = [] if network or subprocess.run(["unshare", "-n", "true"], check=False).returncode else ["unshare", "-n"]
+    # A node without a network has itself: gloo asks for the loopback interface even of one process.
+    alone = ["unshare", "--net", "bash", "-c", 'ip link set lo up && "$@"', "alone"]
+    if network or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        alone = []
     return subprocess.run(
         [*alone, "bash", "-c", command], cwd=cwd, env=given | variables, capture_output=True, text=True, check=False
     )
