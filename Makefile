@@ -27,7 +27,7 @@ test-slurm: .venv/dev.stamp
 
 # The minutes-long tests, among them those on the real model and on lm-eval.
 test-slow: .venv/slow.stamp
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 $(ARGS)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
