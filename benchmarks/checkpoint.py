@@ -1,8 +1,8 @@
 """What a checkpoint costs training: asynchronous, synchronous and none, in turns in one process.
 
-    python -m benchmarks.checkpoint              # from the repository's root; about 10 minutes, 8 GB of memory and disk
+    python -m benchmarks.checkpoint              # from the repository's root; about 12 minutes, 8 GB of memory and disk
 
-A student of 106 M parameters (1.3 GB of float32 weights and AdamW's moments) against a teacher of 135 M, by the code of
+A student of 100 M parameters (1.3 GB of float32 weights and AdamW's moments) against a teacher of 135 M, by the code of
 the distill stage. Each turn saves once and makes `--steps` steps of 4x512 tokens, and ends when the checkpoint is
 committed. blocked: the time that Writer.save holds up training; against a copy of the same tensors into memory that is
 there. slow-down: of a turn against one without a checkpoint.
@@ -21,15 +21,15 @@ from pathlib import Path
 from benchmarks.common import RESULTS, machine, spread, write_result
 from benchmarks.plan import config_of
 
-TEACHER, STUDENT, VOCABULARY = (576, 1536, 30, 9, 3), (480, 1280, 28, 9, 3), 49152
+TEACHER, STUDENT, VOCABULARY = (576, 1536, 30, 9, 3), (576, 1024, 26, 9, 3), 49152
 BATCH, LENGTH = 4, 512
 MODES = ("none", "synchronous", "asynchronous")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of training; a GPU's leave the processor free")
     parser.add_argument("--output", type=Path, default=RESULTS / "checkpoint.json")
     options = parser.parse_args()
