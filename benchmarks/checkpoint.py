@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import RESULTS, machine, spread, write_result
 from benchmarks.plan import config_of
@@ -71,7 +72,10 @@ def main() -> None:
 
         step()
         writers = {mode: Writer(Path(name) / mode, 1, mode == "asynchronous") for mode in MODES[1:]}
-        number, seconds, blocked, copying = 0, {mode: [] for mode in MODES}, [], []  # type: ignore[var-annotated]
+        number = 0
+        seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        blocked: list[float] = []
+        copying: list[float] = []
         warm = {key: tensor.detach().clone() for key, tensor in state().items()}
         size = sum(tensor.numel() * tensor.element_size() for tensor in warm.values())
         for turn in range(options.turns + 1):  # the first takes memory, and isn't counted
@@ -98,24 +102,29 @@ def main() -> None:
                         blocked.append(held)
                 print(f"turn {turn} {mode}: {took:.2f} s, save {held:.2f} s, a copy {copied:.2f} s", flush=True)
                 shutil.rmtree(Path(name) / mode, ignore_errors=True)
+    row = {"state_bytes": size, "threads": options.threads, "steps": options.steps, "turns": options.turns}
+    row |= figures(seconds, copying, blocked)
+    write_result(options.output, {"machine": machine(), "checkpoint": row})
+    print(
+        f"blocked {row['blocked_over_copy']:.2f}x a copy; slows down {row['slow_down_over_synchronous']:.2f}x as much "
+        "as a synchronous one"
+    )
+    print(f"written: {options.output}")
+
+
+def figures(seconds: dict[str, list[float]], copying: list[float], blocked: list[float]) -> dict[str, Any]:
+    """From the seconds of each turn by mode, of each warm copy, and of each asynchronous save."""
     slower = {
         mode: [mine - plain for mine, plain in zip(seconds[mode], seconds["none"], strict=True)] for mode in MODES[1:]
     }
     medians = {mode: statistics.median(found) for mode, found in slower.items()}
-    row = {
-        "state_bytes": size, "threads": options.threads, "steps": options.steps, "turns": options.turns,
+    return {
         "seconds": {mode: spread(found) for mode, found in seconds.items()},
         "copy_seconds": spread(copying), "blocked_seconds": spread(blocked),
         "blocked_over_copy": statistics.median(blocked) / statistics.median(copying),
         "slower_seconds": {mode: spread(found) for mode, found in slower.items()},
         "slow_down_over_synchronous": medians["asynchronous"] / medians["synchronous"],
     }  # fmt: skip
-    write_result(options.output, {"machine": machine(), "checkpoint": row})
-    print(
-        f"blocked {row['blocked_over_copy']:.2f}x a copy; slows down {row['slow_down_over_synchronous']:.2f}x as much "
-        f"as a synchronous one ({medians['asynchronous']:.2f} against {medians['synchronous']:.2f} s)"
-    )
-    print(f"written: {options.output}")
 
 
 if __name__ == "__main__":

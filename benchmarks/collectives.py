@@ -2,7 +2,7 @@
 
     python -m benchmarks.collectives             # from the repository's root; about 5 minutes, 3 GB
 
-Runs the distill stage of the embedded teacher under torchrun, at 1, 2 and 4 ranks in several layouts, and watches
+Runs the distill stage of the embedded teacher under torchrun, at 2 and 4 ranks in several layouts, and watches
 torch's own c10d operators, of which none can be left out. The bytes of all gathers, reduce-scatters and all-reduces of
 tensors have to be those of the model that stage=plan uses, and none may be larger than a unit of FSDP2: a layer, or
 what is outside of the layers, with the output head. What else is sent, such as sums of losses, is shown by its largest.

@@ -36,8 +36,14 @@ def use_blocked_attention(model: PreTrainedModel) -> None:
 
 def blocks_are_faster() -> bool:
     """Whether torch multiplies bfloat16 fast here but not within its attention, which knows of AMX alone."""
+    return not torch.cuda.is_available() and cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
+
+
+@functools.cache
+def cpu_has(instructions: str) -> bool:
+    """Whether the processor has them, by torch's name for them; an older torch can't tell."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return not torch.cuda.is_available() and bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
+    return bool(found.get(instructions))
 
 
 def _attend(

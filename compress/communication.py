@@ -24,8 +24,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of a step: `count` times over `num_ranks` ranks, of tensors that together, as wholes, have
-    `num_bytes`. largest: of the largest unit."""
+    """Collectives of one kind in a step, over `num_ranks` ranks: their tensors, as wholes, have `num_bytes` together,
+    and that of the largest unit has `largest`."""
 
     what: str
     kind: Kind

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -59,6 +60,11 @@ class Plan:
     seconds: float
     disk: dict[str, int]
     num_gpus: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all copies."""
+        return self.layout.num_ranks * self.copies
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -113,7 +119,7 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None, num_ranks
         for p in phases
     )
     flops, speed = work / tokens, _speed(config, num_gpus)
-    longest = max(phases, key=lambda phase: phase["num_tokens"])
+    longest = _longest_phase(config)
     length, batch = longest["sequence_length"], longest["global_batch_size"]
     a_token = flops_per_token(teacher, student, length, recompute, layout.teacher_runs)
     made = Plan(
@@ -180,12 +186,15 @@ def _step_memory(
     return memory
 
 
+def _longest_phase(config: CompressConfig) -> dict[str, Any]:
+    return max(phase_settings(config), key=lambda phase: phase["num_tokens"])
+
+
 def _collectives(
     config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, copies: int
 ) -> list[Collective]:
-    """Of a step of the phase with the most tokens."""
-    batch = max(phase_settings(config), key=lambda phase: phase["num_tokens"])["global_batch_size"]
-    micro_batches = batch // (copies * layout.num_ranks * layout.micro_batch_size)
+    """Of a step of the longest phase."""
+    micro_batches = _longest_phase(config)["global_batch_size"] // (copies * layout.num_ranks * layout.micro_batch_size)
     return step_collectives(teacher, student, layout, micro_batches, copies, config.teacher.whole_window)
 
 
@@ -291,7 +300,7 @@ def _usable(made: Plan) -> int:
 def _alternatives(config: CompressConfig, made: Plan) -> Iterator[tuple[str, Layout, int]]:
     """Settings, the layout that they make, and its ranks in all."""
     layout = made.layout
-    world = layout.num_ranks * made.copies
+    world = made.num_ranks
     if made.copies > 1:
         yield "cluster.shard_ranks=null", replace(layout, num_ranks=world), world
     if layout.micro_batch_size > 1:
@@ -393,7 +402,7 @@ def _work(config: CompressConfig, made: Plan) -> Table:
 
 def _layouts(config: CompressConfig, made: Plan) -> Table:
     """What sharing a model by fewer or more GPUs takes of memory and of the links, for the batch as it is."""
-    cluster, world = config.cluster, made.layout.num_ranks * made.copies
+    cluster, world = config.cluster, made.num_ranks
     result = Table(title="how many GPUs share a model: cluster.shard_ranks", title_justify="left")
     for column in ("shared by", "copies", "memory of a GPU", "each sends a step", "for", "beside computing for"):
         result.add_column(column, justify="right")

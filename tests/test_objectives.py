@@ -466,7 +466,7 @@ def test_the_compiled_kernel_is_the_plain_one() -> None:
 @pytest.mark.parametrize("tokens", [0, 40, 80, 100])  # no chunk, one, two and three
 def test_the_compiled_loss_is_the_plain_one(tokens: int, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, where with AMX the head's gradient comes from turned products."""
-    monkeypatch.setattr("compress.objectives.chunked._has_amx", lambda: amx)
+    monkeypatch.setattr("compress.objectives.chunked.cpu_has", lambda _: amx)
     torch.manual_seed(5)
     made = [torch.randn(*size).bfloat16() for size in ((tokens, 24), (77, 24), (tokens, 16), (77, 16))]
     hidden, weight = (x.requires_grad_() for x in made[:2])

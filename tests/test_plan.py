@@ -15,6 +15,7 @@ from conftest import Run
 from families import make_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.communication import LLAMA_8B
 from compress import plan
 from compress.architecture import ModelInfo, num_parameters, shape_of, with_sizes
 from compress.capture import listening, recording
@@ -27,12 +28,6 @@ from compress.step import trunk
 from compress.tokens import TokenBatch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LLAMA_8B = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "tie_word_embeddings": False, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-}  # fmt: skip
 
 
 @pytest.fixture

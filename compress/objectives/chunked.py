@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.attention import cpu_has
 from compress.models import OutputHead, logits_of
 from compress.objectives.forward_kl import block_rows, forward_kl_, sampled_forward_kl_
 from compress.objectives.hidden import Recorded
@@ -158,11 +159,14 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = scales[0] if any(ctx.needs_input_grad) else None  # of a loss of one term
         paired = any(OBJECTIVES[term.objective].pairs for term in terms)
         total = len(student_ND)
-        block = min(size, rows_per_product(student_ND.element_size())) if student_ND.device.type == "cpu" else size
+        on_cpu = student_ND.device.type == "cpu"
+        block = min(size, rows_per_product(student_ND.element_size())) if on_cpu else size
         size -= size % block
         # AMX takes twice as long for a bfloat16 product whose first factor is turned, here the larger one; AVX-512 a
         # sixth less than for turning what comes of the other product.
-        turned = compiled and student_ND.dtype is torch.bfloat16 and _has_amx() and student_ND.device.type == "cpu"
+        turned = (
+            compiled and student_ND.dtype is torch.bfloat16 and cpu_has("amx_bf16") and student_ND.device.type == "cpu"
+        )
         logits_CV = student_ND.new_empty(min(size + paired, total), len(weight_VD))
         room_RV = None
         if isinstance(signal, DenseSignal):
@@ -229,12 +233,6 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, last: bool)
     if left.dtype == total.dtype == torch.promote_types(total.dtype, torch.float32):
         return total.addmm_(left, right)
     return total.add_(left @ right)
-
-
-@functools.cache
-def _has_amx() -> bool:
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("amx_bf16"))
 
 
 @functools.cache
