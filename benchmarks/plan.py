@@ -1,12 +1,15 @@
 """The plan's memory against what is: real training steps on this machine, and torch's FSDP2 tracker for 64 ranks.
 
-    python -m benchmarks.plan                    # from the repository's root; about 8 minutes, 12 GB of memory
+    python -m benchmarks.plan                    # from the repository's root; about 12 minutes, 16 GB of memory
     python -m benchmarks.plan --only real        # or ranks, or tracker
 
 real: three students whose states (float32 weights, gradients, AdamW's moments) take 1 to 5 GB, with a teacher of a
 third more; three steps of 4x512 tokens by the code of the distill stage, each size in a process of its own. Measured is
 the peak of anonymous memory above what the imports left, with a fixed mmap threshold: by default the C library keeps
 freed memory for later, and `by default` shows how much more that is.
+
+ranks: the same students and teachers, shared by four gloo ranks with a sequence of 512 tokens each; of the rank that
+takes most.
 
 tracker: the recipes Llama-3.1-8B to 4B by width and by depth, the step of the distill stage under fake tensors in a
 fake process group of 64 ranks, watched by torch.distributed._tools.FSDPMemTracker: nothing is allocated, nothing is
@@ -37,7 +40,8 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "320 M": ((1024, 4096, 24, 16, 8), (1024, 2816, 20, 16, 8)),
 }
 PARTS = ("teacher", "student")
-BATCH, LENGTH, STEPS = 4, 512, 3
+LENGTH, STEPS = 512, 3
+BATCHES = {"real": 4, "ranks": 1}  # sequences of a micro-batch, one a step and rank
 SHARING = 4
 RANKS = 64
 LLAMA_8B = (4096, 14336, 32, 32, 8)
@@ -85,7 +89,7 @@ def save_models(name: str, folder: Path) -> None:
         AutoModelForCausalLM.from_config(config_of(sizes, VOCABULARY), dtype=dtype).save_pretrained(folder / part)
 
 
-def trained(name: str, folder: Path) -> dict[str, Any] | None:
+def trained(name: str, folder: Path, batch_size: int) -> dict[str, Any] | None:
     """What training takes of this rank, or of the rank that takes most; None on the others than the first."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -113,13 +117,13 @@ def trained(name: str, folder: Path) -> dict[str, Any] | None:
         module = StudentModule(model).train()
         shard(module, decoder_layers(model), mesh, torch.bfloat16, fill)
         optimizer = optimizer_of(module, DistillConfig(learning_rate=1e-4))
-        every_BT = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+        every_BT = torch.ones(batch_size, LENGTH, dtype=torch.bool)
         loss_mask_BT = every_BT.clone()
         loss_mask_BT[:, -1] = False
-        half = LENGTH // 2
-        positions_BT = torch.cat([torch.arange(half), torch.arange(LENGTH - half)]).expand(BATCH, -1)  # two documents
+        half = LENGTH // 2  # two documents
+        positions_BT = torch.cat([torch.arange(half), torch.arange(LENGTH - half)]).expand(batch_size, -1)
         for _ in range(STEPS):
-            ids_BT = torch.randint(VOCABULARY, (BATCH, LENGTH))
+            ids_BT = torch.randint(VOCABULARY, (batch_size, LENGTH))
             batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, every_BT)
             accumulate_gradients(module, teacher, [batch], [Term("forward_kl")], ranks)
             optimizer.step(1.0, 1.0)
@@ -127,7 +131,7 @@ def trained(name: str, folder: Path) -> dict[str, Any] | None:
         most = [int(found) for [found] in ranks.gather([torch.tensor(peak.bytes - baseline)])]
     if not ranks.is_main:
         return None
-    layout = Layout(ranks.size, BATCH, LENGTH, on_cpu=True)
+    layout = Layout(ranks.size, batch_size, LENGTH, on_cpu=True)
     parts = planned(info_of(config_of(teacher_sizes, VOCABULARY)), student_sizes, layout)
     return {"num_parameters": count, "measured_bytes": max(most), "each_rank_bytes": most, "parts": parts}
 
@@ -216,7 +220,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         kind, name = options.worker
-        found = tracked(name, options.length) if kind == "tracker" else trained(name, options.folder)
+        tracker = kind == "tracker"
+        found = tracked(name, options.length) if tracker else trained(name, options.folder, BATCHES[kind])
         if found is not None:
             print(json.dumps(found))
         return
@@ -233,7 +238,7 @@ def main() -> None:
                 command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SHARING}", *command]
             command = [sys.executable, *command, "--folder", folder]
             row = worker(command, "glibc.malloc.mmap_threshold=1048576")
-            if kind != "tracker":
+            if kind == "real":
                 row["by_default_bytes"] = worker(command, "glibc.malloc.hugetlb=1")["measured_bytes"]
         row["planned_bytes"] = sum(size for part, size in row["parts"].items() if part != "moment")
         row["ratio"] = row["planned_bytes"] / row["measured_bytes"]

@@ -29,6 +29,7 @@ from compress.artifacts import building_folder, fingerprint_path, read_json, tem
 from compress.devices import random_states, set_random_states
 from compress.errors import ArtifactError
 from compress.lease import check_lease
+from compress.optimizer import local_part
 from compress.parallel import ALONE, Ranks, launched
 
 log = logging.getLogger(__name__)
@@ -160,10 +161,13 @@ class Writer:
                 self._threads.shutdown()
 
 
+@torch.no_grad()
 def _copied(tensor: Tensor, into: Tensor | None) -> Tensor:
+    """In the memory of the host, where a GPU has none to spare."""
     if into is None or (into.shape, into.dtype) != (tensor.shape, tensor.dtype):
-        return tensor.detach().clone()
-    return into.copy_(tensor.detach())
+        return tensor.to("cpu", copy=True)
+    local_part(into).copy_(local_part(tensor))  # DTensor's own copy_ thinks longer of a small one than it copies
+    return into
 
 
 def _behind_training() -> None:
@@ -249,19 +253,21 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False) -> None:
+def load(path: Path, state: dict[str, Tensor], restore_rng: bool = False, alone: bool = False) -> None:
     """Fill `state` in place from the checkpoint, each rank reading only what it holds, whatever layout wrote it.
 
-    `state` may hold a part of what was saved (the model alone, for an export).
+    `state` may hold a part of what was saved (the model alone, for an export). All ranks call it together, or one
+    `alone`.
     """
     known = _known(path) if restore_rng else {}
     # Those that aren't there are new: another number of ranks wrote it, or other devices.
     random = {kind: now for kind, now in random_states().items() if rng_key(launched().rank, kind) in known}
     wanted = {**state, **{rng_key(launched().rank, kind): now for kind, now in random.items()}}
+    alone = alone or not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise ArtifactError(

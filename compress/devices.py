@@ -1,7 +1,7 @@
 """Which device a rank trains on, and what that asks of attention.
 
-What computes on a GPU is here and in one line each of `distill`: no GPU has run it. The choices are made by functions
-of plain values, which the tests cover on a CPU.
+What computes on a GPU is here and in some lines of `distill` and `search`: no GPU has run it. The choices are made by
+functions of plain values, which the tests cover on a CPU.
 """
 
 from __future__ import annotations

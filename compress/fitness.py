@@ -108,7 +108,7 @@ def accelerator(devices: int, wanted: int, ranks_here: int, driver: str | None) 
                     "cluster.gpus_per_node=0")  # fmt: skip
     if not devices:
         return Line(Verdict.ok, "no GPU, gloo on CPU")
-    text = f"{devices} GPUs, driver {driver}; this version computes on the CPU all the same, through gloo"
+    text = f"{devices} GPUs, driver {driver}; search and distill take one for each rank"
     return Line(Verdict.warn if ranks_here > devices else Verdict.ok, f"{text}; {ranks_here} ranks here")
 
 

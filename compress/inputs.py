@@ -78,14 +78,15 @@ def open_cache(config: CompressConfig, run_dir: Path, drawn: Ints) -> SignalCach
     return cache
 
 
-def streams(config: CompressConfig, info: ModelInfo, beside: int = 0) -> bool:
+def streams(config: CompressConfig, info: ModelInfo, beside: int = 0, copies: float | None = None) -> bool:
     """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must.
 
-    `beside`: bytes that the work at hand holds beside the weights.
+    `beside`: bytes that the work at hand holds beside the weights. `copies` of both on this machine; None: one a rank.
     """
     if config.score.stream is not None:
         return config.score.stream
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of it on this machine, one a rank
+    if copies is None:
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return copies * (whole_bytes(config, info) + beside) > MEMORY_SHARE * available_bytes()
 
 

@@ -62,9 +62,9 @@ def jobs_of(config: CompressConfig) -> list[Job]:
                 f"cluster.jobs.{stage} asks for {nodes} nodes of {ranks} ranks, and the stage is one process in this "
                 "version; leave both out"
             )
-        if stage is Stage.distill:
+        if stage in (Stage.search, Stage.distill):
             check_layout(config.cluster.shard_ranks, nodes * ranks)
-            check_ranks(config, nodes * ranks)
+            check_ranks(config, nodes * ranks, stage)
         time = asked.time or config.cluster.time
         found.append(Job(stage, nodes, ranks, time, asked.cpus, asked.memory, asked.submissions))
     return found

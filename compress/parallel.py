@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -142,6 +143,10 @@ class Ranks:
         """Whether it is so on any rank."""
         return bool(self.sums([torch.tensor(float(flag))])[0])
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.any(False)
+
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Over the ranks, in float64."""
         return [torch.stack(found).sum(0) for found in zip(*self.gather(tensors), strict=True)]
@@ -236,7 +241,7 @@ def refuse_several_ranks(what: str = "this stage") -> None:
     if world > 1:
         raise ConfigError(
             f"WORLD_SIZE={world}: {what} runs in one process in this version, only stage=score, "
-            "stage=distill and stage=evaluate in several; start it without torchrun, or with 1 rank"
+            "stage=search, stage=distill and stage=evaluate in several; start it without torchrun, or with 1 rank"
         )
 
 
@@ -328,7 +333,9 @@ def shard(
         inside = set(layer.modules())
         for router in (one for one in routers if one in inside):
             fully_shard(router, mesh=mesh, reshard_after_forward=False)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
+        fully_shard(
+            layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1, shard_placement_fn=_split(mesh)
+        )
     fill(None)
     fully_shard(step_module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if mesh.size() == 1:
@@ -341,6 +348,18 @@ def shard(
                 unit.set_custom_reduce_scatter(_NothingToReduce(parameters))
 
 
+def _split(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """Along which dimension the ranks share a parameter: the first, unless that would leave some of them no expert of
+    a mixture: FSDP2 gives these an empty one, and gathers it, so that 8 experts on 64 ranks would be sent 8 times."""
+    ranks = mesh.size(mesh.ndim - 1)
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        experts = parameter.ndim == 3 and parameter.shape[0] % ranks != 0
+        return Shard(1) if experts and parameter.shape[1] % ranks == 0 else None
+
+    return place
+
+
 def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh, fill: Fill = _filled) -> None:
     """A model that isn't trained, in place: each layer, and the embedding where the head has weights of its own, is
     gathered for its forward and let go after it. `fill` as for `shard`.
@@ -351,7 +370,7 @@ def shard_frozen(model: PreTrainedModel, mesh: DeviceMesh, fill: Fill = _filled)
     for number, layer in enumerate(decoder_layers(model)):
         fill(number)
         if several:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, shard_placement_fn=_split(mesh))
     fill(None)
     embedding: Any = model.get_input_embeddings()
     if several and embedding.weight is not model.get_output_embeddings().weight:

@@ -75,9 +75,10 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = run_dir_of(config)
-    if config.stage in (Stage.all, Stage.distill) and Stage.distill in chosen_stages(config):
-        check_layout(config.cluster.shard_ranks, launched().size)
-        check_ranks(config, launched().size)
+    for stage in (Stage.search, Stage.distill):
+        if config.stage in (Stage.all, stage) and stage in chosen_stages(config):
+            check_layout(config.cluster.shard_ranks, launched().size)
+            check_ranks(config, launched().size, stage)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:

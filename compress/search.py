@@ -4,7 +4,7 @@ The best predicted shapes are cut and compared by their KL to the teacher; the b
 distilled for a few tokens and compared again, the better half goes on to twice the tokens, and so on until one is left
 (successive halving, Jamieson and Talwalkar, arXiv 1502.07943). All candidates see the same sequences, so one pass of
 the teacher serves them all: its signals are kept on disk. Each figure is committed alone, so that a killed search goes
-on where it was.
+on where it was. Several ranks train and compare each candidate together, as they distill; the first one writes.
 """
 
 # S sequences that candidates are compared on, C candidates, R resamples
@@ -14,40 +14,54 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from compress import checkpoint
 from compress.allocator import kept_memory
 from compress.architecture import ModelInfo, num_parameters
 from compress.artifacts import STARTED, building_folder, free_disk_bytes, open_permissions, read_json, write_json
 from compress.candidates import SPEEDS, Entry, entries_of
+from compress.devices import device_of, set_attention
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.families import PRUNABLE
 from compress.folders import read_model
 from compress.inputs import source_of, streams, teacher_of, whole_bytes
 from compress.memory import MASTER_BYTES, MOMENT_BYTES
-from compress.models import cast_weights, decoder_layers, load_model
-from compress.parallel import available_bytes, resolve_dtype, shard, single_process_mesh
+from compress.models import decoder_layers, load_model
+from compress.parallel import (
+    Ranks,
+    agreed_dtype,
+    available_bytes,
+    check_layout,
+    device_mesh,
+    launched,
+    resolve_dtype,
+    shard,
+    shard_frozen,
+)
 from compress.progress import console, track
 from compress.scores import Importance, rank_correlation
-from compress.settings import CompressConfig, set_name
+from compress.settings import CompressConfig, ComputeDtype, set_name
 from compress.shapes import (
     check_fixed,
     extremes,
 )
 from compress.slicing import copy_companions, num_stored_bytes, select
-from compress.step import StudentModule, accumulate_gradients, divergence
+from compress.step import StudentModule, accumulate_gradients
+from compress.streaming import streamed_model
 from compress.targets import SEARCH_REPORT, budget, cut, grid_of, importance_of
-from compress.teacher import RecordedTeacher, Teacher
+from compress.teacher import RecordedTeacher
 from compress.tokens import SequenceOrder, TokenBatch, TokenSet
 from compress.training import (
     load_trained,
@@ -59,6 +73,7 @@ from compress.training import (
     terms_at,
     training_state,
 )
+from compress.validation import sums_of
 
 log = logging.getLogger(__name__)
 NUM_RESAMPLES = 2000
@@ -98,7 +113,9 @@ def preflight(config: CompressConfig) -> None:
     """Raise before any long work when the search can't be held in memory or on the disk. Reads no weights."""
     trust = config.teacher.trust_remote_code
     info, teacher = read_model(source_of(config), trust), read_model(teacher_of(config), trust)
-    if streams(config, teacher):
+    # Of it on this machine, where those ranks share one that train a candidate together.
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / check_layout(config.cluster.shard_ranks, launched().size)
+    if streams(config, teacher, copies=copies):
         raise ConfigError(
             f"search.num_candidates={config.search.num_candidates} compares candidates with the whole teacher in "
             f"memory, {whole_bytes(config, teacher) / 1e9:.1f} GB of weights, and {available_bytes() / 1e9:.1f} GB are "
@@ -135,26 +152,46 @@ def disk_bytes(config: CompressConfig, info: ModelInfo, teacher_hidden_size: int
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
-    """Write search/report.json, whose winner is the shape that prune cuts; a trained winner in search/winner."""
+    """Write search/report.json, whose winner is the shape that prune cuts; a trained winner in search/winner.
+
+    Under torchrun every rank calls it.
+    """
+    device = device_of(config.cluster.device)
+    with kept_memory(), device_mesh(config.cluster.shard_ranks, device) as (ranks, mesh):
+        dtype = agreed_dtype(config.compute_dtype, ranks, device)
+        agreed = replace(config, compute_dtype=ComputeDtype(str(dtype).removeprefix("torch.")))
+        _run(agreed, run_dir, ranks, mesh, device, dtype)
+
+
+def _run(
+    config: CompressConfig, run_dir: Path, ranks: Ranks, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+) -> None:
     trust = config.teacher.trust_remote_code
     info = read_model(source_of(config), trust)
     importance = importance_of(run_dir, info)
     folder = run_dir / "search"
-    _drop_work_of_other_settings(config, folder)
     judge = _judge(config, run_dir)
     _check_order(config, run_dir)
+    if ranks.is_main:
+        _drop_work_of_other_settings(config, folder)
+        entries_of(config, info, importance, folder)  # measures speeds, where they are asked for
+    ranks.wait()
     entries = {entry.name: entry for entry in entries_of(config, info, importance, folder)}
-    model = load_model(teacher_of(config), resolve_dtype(config.compute_dtype), trust)
-    teacher = RecordedTeacher(model, folder / "teacher")
+    model, fill = streamed_model(teacher_of(config), dtype, trust, device)
+    set_attention(model, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
+    shard_frozen(model, mesh, fill)
+    # What one rank asks is for itself: files of its own, of a number of ranks.
+    teacher = RecordedTeacher(model, folder / "teacher" / f"{ranks.rank}-of-{ranks.size}", ranks)
+    contest = _Contest(config, run_dir, info, importance, teacher, judge, ranks, mesh, device, dtype)
     rounds: list[Round] = []
     names = list(entries)
     for num_tokens, count in _schedule(config, len(names)):
         names = names[:count]
-        rounds.append(
-            _round(config, run_dir, info, importance, teacher, judge, [entries[n] for n in names], num_tokens)
-        )
+        rounds.append(_round(contest, [entries[name] for name in names], num_tokens))
         _log_round(rounds[-1])
         names = rounds[-1].order()
+    if not ranks.is_main:
+        return
     winner = names[0]
     if num_tokens and not (folder / "winner").exists():  # it is built as a whole, and its checkpoint goes below
         _save_winner(config, info, folder, winner)
@@ -226,99 +263,113 @@ def _judge(config: CompressConfig, run_dir: Path) -> list[TokenBatch]:
     return batches
 
 
-def _round(
-    config: CompressConfig,
-    run_dir: Path,
-    info: ModelInfo,
-    importance: Importance,
-    teacher: Teacher,
-    judge: Sequence[TokenBatch],
-    entries: Sequence[Entry],
-    num_tokens: int,
-) -> Round:
+@dataclass(frozen=True)
+class _Contest:
+    """What every candidate is cut from, trained on and compared by."""
+
+    config: CompressConfig
+    run_dir: Path
+    info: ModelInfo
+    importance: Importance
+    teacher: RecordedTeacher
+    judge: list[TokenBatch]
+    ranks: Ranks
+    mesh: DeviceMesh
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _round(contest: _Contest, entries: Sequence[Entry], num_tokens: int) -> Round:
     """Bring each candidate to `num_tokens` of training and measure it; what was measured before is read."""
-    figures = run_dir / "search" / "figures"
+    ranks, judge, figures = contest.ranks, contest.judge, contest.run_dir / "search" / "figures"
     rows = []
     for number, entry in enumerate(entries, start=1):
         path = figures / f"{entry.name}-{num_tokens}-tokens.json"
-        if not path.exists():
-            what = f"candidate {number} of {len(entries)}, {entry.name}"
-            student = _student(config, run_dir, info, importance, entry)
-            kl_S: list[float] = []
-            if num_tokens:
-                model = _trained(config, run_dir, teacher, student, entry, num_tokens, what)
-            else:
-                model = load_model(student, teacher.model.dtype, config.teacher.trust_remote_code)
-            if model is not None:
-                kl_S = _divergence(model.eval(), teacher, track(judge, f"comparing {what}", unit="sequence"))
-            finite = model is not None and all(map(math.isfinite, kl_S))
+        if not ranks.any(ranks.is_main and path.exists()):
+            kl_S = _measured(contest, entry, num_tokens, f"candidate {number} of {len(entries)}, {entry.name}")
+            finite = kl_S is not None and all(map(math.isfinite, kl_S))
             if not finite:
                 log.warning("search: candidate %s is not finite after %d tokens and loses", entry.name, num_tokens)
-            write_json(path, {"kl": kl_S if finite else None})
-        rows.append(read_json(path)["kl"] or [math.inf] * len(judge))
+            if ranks.is_main:
+                write_json(path, {"kl": kl_S if finite else None})
+        row = torch.zeros(len(judge), dtype=torch.float64)
+        if ranks.is_main:
+            row += torch.tensor(read_json(path)["kl"] or math.inf, dtype=torch.float64)
+        rows += ranks.sums([row])
     if all(math.inf in row for row in rows):
         raise NumericalError(
             f"search: no candidate is finite after {num_tokens} tokens; lower distill.learning_rate="
-            f"{config.distill.learning_rate}, set compute_dtype=float32, or look at the teacher's weights"
+            f"{contest.config.distill.learning_rate}, set compute_dtype=float32, or look at the teacher's weights"
         )
     counts = torch.tensor([int(batch.loss_mask.sum()) for batch in judge], dtype=torch.float64)
-    return Round(num_tokens, [e.name for e in entries], torch.tensor(rows, dtype=torch.float64), counts)
+    return Round(num_tokens, [e.name for e in entries], torch.stack(rows), counts)
 
 
-def _student(config: CompressConfig, run_dir: Path, info: ModelInfo, importance: Importance, entry: Entry) -> Path:
-    """The candidate's untrained Hugging Face folder, cut as prune would; made once."""
+def _measured(contest: _Contest, entry: Entry, num_tokens: int, what: str) -> list[float] | None:
+    """KL(teacher || candidate) of each of the judge's sequences after `num_tokens` of training, in nats.
+
+    None when its loss or gradient stopped being finite.
+    """
+    student = _student(contest, entry)
+    trained = _train(contest, student, entry.name, num_tokens, what)
+    if trained is None:
+        return None
+
+    def progress(batches: Sequence[TokenBatch]) -> Iterator[TokenBatch]:
+        return (batch.to(contest.device) for batch in track(batches, f"comparing {what}", unit="sequence"))
+
+    kl_S: list[float] = sums_of(trained, contest.teacher, contest.judge, contest.ranks, progress)[:, 0].tolist()
+    return kl_S
+
+
+def _student(contest: _Contest, entry: Entry) -> Path:
+    """The candidate's untrained Hugging Face folder, cut as prune would; made once, by the first rank."""
+    config, run_dir = contest.config, contest.run_dir
     folder = run_dir / "search" / "candidates" / entry.name
-    if not folder.exists():
+    if contest.ranks.is_main and not folder.exists():
         width, depth = config.prune.width_criterion, config.prune.depth_criterion
-        kept = select(importance, entry.candidate.shape, width=width, depth=depth)
+        kept = select(contest.importance, entry.candidate.shape, width=width, depth=depth)
         spill = run_dir / ".search-spill"
         try:
             with building_folder(folder) as building:
-                cut(config, run_dir, info, importance, kept, building, spill)
+                cut(config, run_dir, contest.info, contest.importance, kept, building, spill)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
+    contest.ranks.wait()
     return folder
 
 
-def _trained(
-    config: CompressConfig, run_dir: Path, teacher: Teacher, student: Path, entry: Entry, num_tokens: int, what: str
-) -> PreTrainedModel | None:
+def _train(contest: _Contest, student: Path, name: str, num_tokens: int, what: str) -> StudentModule | None:
     """The candidate after `num_tokens`, going on from its last round: warm-up, then a constant rate.
 
     None when its loss or gradient stopped being finite.
     """
-    settings, trust = config.distill, config.teacher.trust_remote_code
-    data = TokenSet.open(run_dir / "tokens" / "train")
-    batch_size, folder = settings.global_batch_size, run_dir / "search" / "training" / entry.name
+    config, ranks, device = contest.config, contest.ranks, contest.device
+    settings = config.distill
+    torch.manual_seed(config.seed + ranks.rank)
+    model, fill = streamed_model(student, torch.float32, config.teacher.trust_remote_code, device)
+    set_attention(model, device, contest.dtype, settings.micro_batch_size, config.data.sequence_length)
+    module = StudentModule(model).train()
+    shard(module, decoder_layers(model), contest.mesh, contest.dtype, fill)
+    register_fsdp_forward_method(module, "figures")
+    if not num_tokens:
+        return module
+    data = TokenSet.open(contest.run_dir / "tokens" / "train")
+    batch_size, folder = settings.global_batch_size, contest.run_dir / "search" / "training" / name
     tokens_per_step = batch_size * data.sequence_length
     stop = num_tokens // tokens_per_step
-    order = _order(config, data, stop)
-    terms = terms_at(settings)
-    torch.manual_seed(config.seed)
-    with kept_memory(), single_process_mesh() as mesh:
-        model = load_model(student, torch.float32, trust)
-        module = StudentModule(model).train()
-        shard(module, decoder_layers(model), mesh, teacher.model.dtype)
-        optimizer = optimizer_of(module, settings)
-        start = int(resume(folder, module, optimizer).get("step", 0))
-        for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
-            indices = order.indices(step * batch_size, (step + 1) * batch_size)
-            window = micro_batches(data, indices, settings.micro_batch_size)
-            loss = accumulate_gradients(module, teacher, window, terms).loss
-            factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-            if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
-                return None
-        checkpoint.save(folder, stop, training_state(module, optimizer), {"tokens": num_tokens}, keep=1)
-    plain = load_model(student, torch.float32, trust)
-    load_trained(folder / f"step_{stop:08d}", plain)
-    cast_weights(plain, teacher.model.dtype)
-    return plain
-
-
-@torch.no_grad()
-def _divergence(model: PreTrainedModel, teacher: Teacher, batches: Iterable[TokenBatch]) -> list[float]:
-    """KL(teacher || model) of each batch, in nats, summed over its loss tokens."""
-    return [divergence(model, batch, teacher.signal(batch)).item() for batch in batches]
+    order, terms = _order(config, data, stop), terms_at(settings)
+    optimizer = optimizer_of(module, settings)
+    start = int(resume(folder, module, optimizer).get("step", 0))
+    for step in track(range(start, stop), f"distilling {what}", unit="tok", amount=lambda _: tokens_per_step):
+        indices = order.indices(step * batch_size, (step + 1) * batch_size)
+        window = [batch.to(device) for batch in micro_batches(data, indices, settings.micro_batch_size, ranks)]
+        loss = accumulate_gradients(module, contest.teacher, window, terms, ranks).loss
+        factor = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+        if not math.isfinite(loss) or not math.isfinite(optimizer.step(factor, settings.max_gradient_norm)[0]):
+            return None
+    checkpoint.save(folder, stop, training_state(module, optimizer), {"tokens": num_tokens}, keep=1, ranks=ranks)
+    return module
 
 
 def _save_winner(config: CompressConfig, info: ModelInfo, folder: Path, name: str) -> None:
@@ -327,7 +378,7 @@ def _save_winner(config: CompressConfig, info: ModelInfo, folder: Path, name: st
     found = checkpoint.newest(folder / "training" / name)
     assert found is not None, name
     model = load_model(folder / "candidates" / name, torch.float32, trust)
-    load_trained(found[0], model)
+    load_trained(found[0], model, alone=True)
     model.config.dtype = torch.float32
     with building_folder(folder / "winner") as building:
         model.save_pretrained(building)

@@ -107,7 +107,7 @@ STAGES: dict[Stage, StageEntry] = {
 }  # fmt: skip
 
 
-ON_RANKS = (Stage.score, Stage.distill, Stage.evaluate)  # the others are one process
+ON_RANKS = (Stage.score, Stage.search, Stage.distill, Stage.evaluate)  # the others are one process
 
 
 def chosen_stages(config: CompressConfig) -> list[Stage]:

@@ -15,6 +15,7 @@ from compress.artifacts import fingerprint, open_tensors, save_tensors
 from compress.capture import Listening, recording
 from compress.models import OutputHead, output_head
 from compress.objectives.chunked import DenseSignal, SparseSignal
+from compress.parallel import ALONE, Ranks
 from compress.signals import SignalCache, keys_of
 from compress.step import trunk
 from compress.tokens import TokenBatch
@@ -86,18 +87,22 @@ class OncePerBatch(Teacher):
 
 
 class RecordedTeacher(Teacher):
-    """A teacher whose signals are kept in files, so that several students on the same micro-batches share one pass."""
+    """A teacher whose signals are kept in files, so that several students on the same micro-batches share one pass.
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    Of ranks that share the model each asks at the same time, and has a folder of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path, ranks: Ranks = ALONE) -> None:
         super().__init__(model)
-        self.folder = folder
+        self.folder, self.ranks = folder, ranks
 
     def signal(self, batch: TokenBatch) -> DenseSignal:
         """What `Teacher.signal` says, from the file of this very micro-batch where there is one."""
         path = self.folder / f"{_key_of(batch)}.safetensors"
-        if not path.exists():
-            save_tensors(path, {"hidden": super().signal(batch).hidden_NE})
-        return DenseSignal(open_tensors(path).get_tensor("hidden"), output_head(self.model))
+        if self.ranks.any(not path.exists()):
+            save_tensors(path, {"hidden": super().signal(batch).hidden_NE.cpu()})
+        hidden_NE = open_tensors(path).get_tensor("hidden").to(batch.input_ids.device)
+        return DenseSignal(hidden_NE, output_head(self.model))
 
 
 def _key_of(batch: TokenBatch) -> str:

@@ -192,8 +192,9 @@ def resume(
     return facts
 
 
-def load_trained(path: Path, model: PreTrainedModel, averaged: bool = False) -> None:
+def load_trained(path: Path, model: PreTrainedModel, averaged: bool = False, alone: bool = False) -> None:
     """The weights of a checkpoint of `training_state`, or their moving average, into the plain model that the student
-    was made from."""
+    was made from. `alone`: on one of several ranks."""
     part = "average" if averaged else "model"
-    checkpoint.load(path, {f"{part}/model.{name}": p.data for name, p in model.named_parameters()})
+    state = {f"{part}/model.{name}": p.data for name, p in model.named_parameters()}
+    checkpoint.load(path, state, alone=alone)

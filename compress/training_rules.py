@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import ConfigError
 from compress.phases import num_steps, phase_settings
-from compress.settings import CacheKind, CompressConfig, Curve, PhaseConfig, TeacherMode, TermConfig
+from compress.settings import CacheKind, CompressConfig, Curve, PhaseConfig, Stage, TeacherMode, TermConfig
 
 if TYPE_CHECKING:
     from compress.objectives.table import Objective
@@ -218,21 +218,24 @@ def _check_cached_term(config: CompressConfig, key: str, term: TermConfig) -> No
         )
 
 
-def check_ranks(config: CompressConfig, world: int) -> None:
-    """Raise ConfigError where `world` ranks can't be given equally many micro-batches, or the teacher is for one."""
+def check_ranks(config: CompressConfig, world: int, stage: Stage = Stage.distill) -> None:
+    """Raise ConfigError where `world` ranks can't be given equally many micro-batches in distill or search, or the
+    teacher that distill asks is for one."""
     if world == 1:
         return
-    if config.teacher.mode in (TeacherMode.auto, TeacherMode.previous_self):
+    if stage is Stage.distill and config.teacher.mode in (TeacherMode.auto, TeacherMode.previous_self):
         raise ConfigError(
             f"WORLD_SIZE={world}: teacher.mode={config.teacher.mode} works in one process in this version; start it "
             "without torchrun, or choose teacher.mode=online or cached"
         )
     micro = config.distill.micro_batch_size
-    for number, phase in enumerate(phase_settings(config)):
-        batch = phase["global_batch_size"]
+    batches = {f"phase {number}": p["global_batch_size"] for number, p in enumerate(phase_settings(config), start=1)}
+    if stage is Stage.search:
+        batches = {"the search": config.distill.global_batch_size} if config.search.num_tokens else {}
+    for what, batch in batches.items():
         if batch % (micro * world):
             raise ConfigError(
-                f"WORLD_SIZE={world}: the global batch of phase {number + 1}, {batch} sequences, must be a multiple of "
+                f"WORLD_SIZE={world}: the global batch of {what}, {batch} sequences, must be a multiple of "
                 f"{world} ranks * distill.micro_batch_size={micro}, so that every rank has equally many micro-batches; "
                 "start fewer ranks, or set distill.micro_batch_size lower or distill.global_batch_size higher"
             )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from compress.errors import ConfigError
@@ -46,33 +46,45 @@ def own_share(batches: Sequence[TokenBatch], ranks: Ranks) -> list[TokenBatch]:
 
 
 @torch.no_grad()
+def sums_of(
+    student: StudentModule,
+    teacher: Teacher | RememberedTeacher,
+    batches: Sequence[TokenBatch],
+    ranks: Ranks = ALONE,
+    progress: Callable[[Sequence[TokenBatch]], Iterable[TokenBatch]] = iter,
+) -> Tensor:
+    """(batches, 4) in float64: KL to the teacher and loss (nats), tokens that both rank first, and loss tokens, summed.
+
+    Every rank takes its `own_share`, by `progress`; all return the same. Weights, random numbers and the mode of the
+    student are as before.
+    """
+    mode = student.training
+    with torch.random.fork_rng(devices=[]):
+        student.eval()
+        try:
+            rows = []
+            for batch in progress(own_share(batches, ranks)):
+                tokens = batch.loss_mask.sum()[None].double()
+                rows.append(torch.cat([student.figures(batch, teacher.signal(batch)), tokens]))
+        finally:
+            student.train(mode)
+            _reshard(student)
+    counted = len(list(ranks.mine(batches)))
+    return ranks.in_order(torch.stack(rows)[:counted])
+
+
 def validate(
     student: StudentModule,
     teacher: Teacher | RememberedTeacher,
     sets: Mapping[str, Sequence[TokenBatch]],
     ranks: Ranks = ALONE,
 ) -> Figures:
-    """For each set kl_to_teacher and loss (nats per token), and top1_agreement (share of tokens).
-
-    Every rank takes its `own_share` of a set; all return the same. Weights, random numbers and the mode of the student
-    are as before.
-    """
+    """For each set kl_to_teacher and loss (nats per token), and top1_agreement (share of tokens); see `sums_of`."""
     result = {}
-    with torch.random.fork_rng(devices=[]):
-        student.eval()
-        try:
-            for name, batches in sets.items():
-                rows = []
-                for batch in own_share(batches, ranks):
-                    tokens = batch.loss_mask.sum()[None].double()
-                    rows.append(torch.cat([student.figures(batch, teacher.signal(batch)), tokens]))
-                counted = len(list(ranks.mine(batches)))
-                total = ranks.in_order(torch.stack(rows)[:counted]).sum(0)
-                kl, loss, same = (total[:-1] / total[-1]).tolist()
-                result[name] = {"kl_to_teacher": kl, "loss": loss, "top1_agreement": same}
-        finally:
-            student.train()
-            _reshard(student)
+    for name, batches in sets.items():
+        total = sums_of(student, teacher, batches, ranks).sum(0)
+        kl, loss, same = (total[:-1] / total[-1]).tolist()
+        result[name] = {"kl_to_teacher": kl, "loss": loss, "top1_agreement": same}
     return result
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,9 +43,41 @@ def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
 
 def torchrun(size: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node SIZE -m compress ...` as users start it."""
-    port = f"--master-port={free_port()}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", port]
     return subprocess.run(
-        [*launcher, "-m", "compress", *arguments],
+        _launched(size, arguments),
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
+
+
+def torchrun_until(done: Callable[[], bool], size: int, folder: Path, *arguments: str) -> None:
+    """`torchrun`, whose last rank is killed as soon as it is `done`; returns when all have ended."""
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(_launched(size, arguments), cwd=folder, env=environment(), stdout=silent, stderr=silent)
+    deadline = time.monotonic() + 150
+    while not done():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+    assert process.wait(60) != 0
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The launcher's processes by rank."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(re.search(r"PPid:\s+(\d+)", (place / "status").read_text())[1])  # type: ignore[index]
+            variables = (place / "environ").read_bytes().split(b"\0")
+        except (OSError, TypeError):
+            continue
+        ranks = [int(one[5:]) for one in variables if one.startswith(b"RANK=")]
+        if parent == launcher and ranks:
+            found[ranks[0]] = int(place.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _launched(size: int, arguments: tuple[str, ...]) -> list[str]:
+    port = f"--master-port={free_port()}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", port]
+    return [*launcher, "-m", "compress", *arguments]

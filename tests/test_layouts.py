@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAST, environment
-from distributed import torchrun
+from distributed import ranks_of, torchrun
 from families import make_model, save_model
 
 from benchmarks.collectives import LAYOUTS, row_of
@@ -216,7 +216,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
     whole = train(2, Path(shutil.copytree(upstream, tmp_path / "whole")), cache)
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
     started, _ = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log")
-    os.kill(_ranks(started.pid)[victim], signal.SIGKILL)
+    os.kill(ranks_of(started.pid)[victim], signal.SIGKILL)
     assert started.wait(120) != 0
     assert not (run_dir / "distill" / "manifest.json").exists()
     train(2, run_dir, cache)
@@ -231,7 +231,7 @@ def test_a_rank_that_stands_still_ends_all_and_the_others_say_where_they_waited(
 ) -> None:
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
     started, log = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log", "cluster.stall_seconds=10")
-    os.kill(_ranks(started.pid)[1], signal.SIGSTOP)
+    os.kill(ranks_of(started.pid)[1], signal.SIGSTOP)
     assert started.wait(120) != 0
     said = log.read_text()
     assert "Timeout (0:00:10)!" in said
@@ -256,21 +256,6 @@ def start_and_wait_for_a_step(
         assert started.poll() is None, log.read_text()[-3000:]
         time.sleep(0.02)
     return started, log
-
-
-def _ranks(launcher: int) -> list[int]:
-    """The launcher's processes by rank."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(re.search(r"PPid:\s+(\d+)", (place / "status").read_text())[1])  # type: ignore[index]
-            variables = (place / "environ").read_bytes().split(b"\0")
-        except (OSError, TypeError):
-            continue
-        ranks = [int(one[5:]) for one in variables if one.startswith(b"RANK=")]
-        if parent == launcher and ranks:
-            found[ranks[0]] = int(place.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.mark.parametrize(
@@ -310,3 +295,15 @@ def test_ranks_send_what_the_plan_says(layout: str, upstream: Path, cache: Path,
         assert figures["bytes"] == figures["modelled_bytes"], what
         assert figures["largest_bytes"] == figures["largest_modelled_bytes"] < found["logits_bytes"], what
     assert max(found["largest_of_others"].values()) < 2**16, "sums of losses, names of files"
+
+
+@pytest.mark.slow
+def test_ranks_of_a_mixture_send_its_routers_in_float32(mixture: list[str], cache: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "run", cache, *mixture, "distill.validate_steps=null", "compute_dtype=bfloat16")
+    for stage in ("tokenize", "score", "prune"):
+        pipeline.run(load_config(*settings, f"stage={stage}"))
+    found = row_of(2, settings, tmp_path, 10240 // (8 * 64))
+    assert list(found["collectives"]) == ["all-gather over 2", "reduce-scatter over 2"]
+    for what, figures in found["collectives"].items():
+        assert figures["bytes"] == figures["modelled_bytes"], what
+        assert figures["largest_bytes"] == figures["largest_modelled_bytes"] < found["logits_bytes"], what

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import FAST, Run
+from distributed import torchrun, torchrun_until
 from safetensors.torch import load_file
 
 from compress import search
 from compress.architecture import num_parameters
-from compress.candidates import Entry, name_of, spread
+from compress.candidates import name_of, spread
 from compress.config import load_config
 from compress.errors import ArtifactError, ConfigError, NumericalError
 from compress.folders import read_model
@@ -119,21 +120,14 @@ def test_distill_goes_on_from_the_winner(searched: Path, run: Run) -> None:
     assert trained < 0.9 * first_loss()
 
 
-def test_training_in_rounds_is_training_in_one_go(searched: Path, cache: Path, teacher_source: Path) -> None:
-    from conftest import FAST
-
-    config = load_config(*FAST, f"run_dir={searched}", f"cache_dir={cache}", *SEARCH)
-    report = read(searched / "search" / "report.json")
-    row = report["candidates"][0]
-    folder = searched / "search" / "candidates" / row["name"]
-    teacher = Teacher(load_model(teacher_source, torch.float32))
-    entry = Entry(row["name"], None)  # type: ignore[arg-type]
-    for tokens in (1024, 2048):
-        rounds = search._trained(config, searched, teacher, folder, entry, tokens, "")
-    shutil.rmtree(searched / "search" / "training")
-    at_once = search._trained(config, searched, teacher, folder, entry, 2048, "")
-    for (name, one), (_, other) in zip(rounds.named_parameters(), at_once.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+def test_training_in_rounds_is_training_in_one_go(searched: Path, run: Run, searched_source: Path) -> None:
+    """1024 tokens and then 1024 more, against a search that begins with 2048: each sequence's KL, to the bit."""
+    shutil.rmtree(searched / "search")
+    run(*SEARCH, "search.num_tokens=2048", "stage=search")
+    in_rounds = sorted((searched_source / "search" / "figures").glob("*-2048-tokens.json"))
+    assert len(in_rounds) == 2
+    for file in in_rounds:
+        assert read(searched / "search" / "figures" / file.name) == read(file), file.name
 
 
 def test_a_recorded_signal_is_the_teachers_and_costs_no_second_pass(
@@ -157,6 +151,26 @@ def test_a_recorded_signal_is_the_teachers_and_costs_no_second_pass(
     assert passes == len(batches)
     batches[2].loss_mask[0, :5] = False
     assert len(recorded.signal(batches[2]).hidden_NE) == int(batches[2].loss_mask.sum()), "another mask, another signal"
+
+
+@pytest.mark.slow
+def test_ranks_search_as_one_process(searched: Path, searched_source: Path, cache: Path) -> None:
+    """Two copies of pairs; the first try of all four is killed among the trained candidates."""
+    shutil.rmtree(searched / "search")
+    settings = (*FAST, f"run_dir={searched}", f"cache_dir={cache}", *SEARCH, "search.continue_winner=true",
+                "distill.micro_batch_size=2", "cluster.shard_ranks=2", "stage=search")  # fmt: skip
+    figures = searched / "search" / "figures"
+    torchrun_until(lambda: len(list(figures.glob("*-1024-tokens.json"))) > 1, 4, searched.parent, *settings)
+    assert not (searched / "search" / "report.json").exists()
+    done = torchrun(4, searched.parent, *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, expected = (read(folder / "search" / "report.json") for folder in (searched, searched_source))
+    assert found["winner"] == expected["winner"]
+    for ours, theirs in zip(found["rounds"], expected["rounds"], strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-5)
+    ours, theirs = (load_file(f / "search" / "winner" / "model.safetensors") for f in (searched, searched_source))
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).norm() < 1e-3 * weight.norm(), name
 
 
 @pytest.mark.slow
@@ -360,8 +374,6 @@ def test_a_disk_too_small_for_the_candidates_is_refused_before_anything_is_writt
 
 
 def test_the_disk_estimate_is_not_below_what_lies_there(searched_source: Path, cache: Path) -> None:
-    from conftest import FAST
-
     config = load_config(*FAST, f"run_dir={searched_source}", f"cache_dir={cache}", *SEARCH)
     info = read_model(cache / "tiny" / "teacher")
     weights = sum(f.stat().st_size for f in (searched_source / "search").rglob("model.safetensors"))
