@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from compress.parallel import ALONE, Ranks, launched
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"
+AT_ONCE_BYTES = 1 << 20  # a tensor below is copied within save(): nothing to gain, and a mixture's loads change early
 
 
 def save(
@@ -104,8 +105,9 @@ def _remove_old(folder: Path, step: int, keep: int, figures: Mapping[int, float]
 class Writer:
     """Commits checkpoints one after the other; `asynchronous` in a thread, from a copy, while training goes on.
 
-    At most one is in flight. Why it failed is raised by the next check(), save() or wait(); leaving the block waits.
-    Several ranks make it together.
+    The copy too is made in a thread, beside the next step's forward and backward, which change nothing large; before
+    the optimizer does, wait_for_copy() is called. At most one checkpoint is in flight. Why it failed is raised by the
+    next check(), save() or wait(); leaving the block waits. Several ranks make it together.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool, committed: int = 0, ranks: Ranks = ALONE) -> None:
@@ -113,21 +115,51 @@ class Writer:
         # What a thread says to the other ranks must not mix with what training says.
         self._group = dist.new_group(backend="gloo") if asynchronous and ranks.size > 1 else None
         self._threads = ThreadPoolExecutor(1, "checkpoint", _behind_training) if asynchronous else None
+        self._copiers = ThreadPoolExecutor(1, "copy")
         self._copy: dict[str, Tensor] = {}
+        self._copying: Future[None] | None = None
         self._writing: Future[None] | None = None
 
+    @torch.no_grad()
     def save(
         self, step: int, state: dict[str, Tensor], facts: dict[str, Any], figures: Mapping[int, float] | None = None
     ) -> None:
-        """`state` may change as soon as this returns. Raises ArtifactError on a full disk, of this or the last one."""
+        """What of `state` is below AT_ONCE_BYTES may change as soon as this returns, the rest after wait_for_copy().
+
+        Raises ArtifactError on a full disk, of this or the last one.
+        """
         self.wait()
         if self._threads is None:
             self._save(step, state, facts, figures)
             return
         everything = {**_random(self.ranks.rank), **state}
-        # Into the memory of the last one, which was written: memory from the system costs more than the copying.
-        self._copy = {name: _copied(tensor, self._copy.get(name)) for name, tensor in everything.items()}
-        self._writing = self._threads.submit(self._save, step, self._copy, facts, figures)
+        self._copy = {name: self._copy[name] for name in everything if name in self._copy}
+        large = {name: tensor for name, tensor in everything.items() if local_part(tensor).nbytes >= AT_ONCE_BYTES}
+        self._take({name: tensor for name, tensor in everything.items() if name not in large})
+        self._copying = self._copiers.submit(self._take, large)
+        self._writing = self._threads.submit(self._save_copy, self._copying, list(everything), step, facts, figures)
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Into the memory of the last copy, which was written: memory from the system costs more than the copying."""
+        for name, tensor in tensors.items():
+            self._copy[name] = _copied(tensor, self._copy.get(name))
+
+    def wait_for_copy(self) -> None:
+        """Until what the last save() was given may change. Raises what made the copying fail."""
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            copying.result()
+
+    def _save_copy(
+        self,
+        copying: Future[None],
+        names: Sequence[str],
+        step: int,
+        facts: dict[str, Any],
+        figures: Mapping[int, float] | None,
+    ) -> None:
+        copying.result()
+        self._save(step, {name: self._copy[name] for name in names}, facts, figures)
 
     def _save(
         self, step: int, state: dict[str, Tensor], facts: dict[str, Any], figures: Mapping[int, float] | None
@@ -157,6 +189,7 @@ class Writer:
                 raise
             log.warning("the checkpoint in flight was not committed: %s", error)  # what ended training is raised
         finally:
+            self._copiers.shutdown()
             if self._threads is not None:
                 self._threads.shutdown()
 

@@ -312,6 +312,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             settings.decay_share,
         )
         norm, updating = math.nan, time.perf_counter()
+        writer.wait_for_copy()
         if math.isfinite(loss):
             norm, rate = optimizer.step(factor, settings.max_gradient_norm)
         if not math.isfinite(norm):

@@ -310,8 +310,13 @@ def test_a_writer_in_a_thread_writes_what_was_there_at_the_call(
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_an_asynchronous_copy_takes_memory_once_and_never_what_is_being_written(tmp_path: Path) -> None:
-    """Weights that change at once after each save; what grows between them (the previous batch) is as welcome."""
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_asynchronous_copy_takes_memory_once_and_never_what_is_being_written(
+    at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that change as soon as they may; what grows between saves (the previous batch) is as welcome."""
+    if not at_once:
+        monkeypatch.setattr(checkpoint, "AT_ONCE_BYTES", 0)
     state = {"model/a": torch.zeros(500, 500)}
     with checkpoint.Writer(tmp_path, 3, asynchronous=True) as writer:
         places = []
@@ -319,6 +324,8 @@ def test_an_asynchronous_copy_takes_memory_once_and_never_what_is_being_written(
             state["model/a"].fill_(step)
             state["previous/b"] = torch.full((step,), float(step))
             writer.save(step, state, {})
+            if not at_once:
+                writer.wait_for_copy()
             places.append(writer._copy["model/a"].data_ptr())
             state["model/a"].fill_(-1)
     assert len(set(places)) == 1
@@ -372,6 +379,25 @@ def test_asynchronous_checkpoints_hold_the_same_and_a_full_disk_ends_the_run(
     train("a", *settings)
     assert steps(run_dir) == list(range(1, 9))
     for step in (4, 8):
+        assert same(weights(run_dir, step), weights(averaged, step))
+
+
+def test_the_optimizer_waits_for_the_copy(
+    train: Any, averaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor's copy begins late: the step beside it ends first, and what is written is of before it."""
+    real, late = checkpoint._copied, threading.Event()
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        late.wait(0.01)  # a hundred tensors of them are longer than a step
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(checkpoint, "_copied", slow)
+    run_dir = Path(shutil.copytree(averaged, tmp_path / "a"))
+    cut_back(run_dir, 5)
+    train("a", "distill.async_checkpoint=true", *EMA)
+    for step in (6, 7, 8):
         assert same(weights(run_dir, step), weights(averaged, step))
 
 
