@@ -1,7 +1,7 @@
 """A distillation step: this project, a plain full-logits loop, TRL 1.16's GKDTrainer and ModelOpt 0.47's KDTrainer.
 
-    python -m benchmarks.distill_step            # from the repository's root, on a machine with nothing else; 15 min
-    python -m benchmarks.distill_step --steps 2  # does it run
+    python -m benchmarks.distill_step            # from the repository's root, on a machine with nothing else; 25 min
+    python -m benchmarks.distill_step --steps 2 --row 2  # does it run
 
 Teacher SmolLM2-135M-Instruct (bf16), student its first 20 layers (99.1 M parameters, fp32 master weights), 4 sequences
 of 512 tokens a step, bf16 compute, forward KL at temperature 1, gradient clipping at 1, AdamW, 2 threads, glibc's huge
@@ -17,13 +17,15 @@ carry loss for everybody. The contenders:
             own under the cache folder, made at the first run
     modelopt  KDTrainer, logits alone at temperature 1, the same way
 
-Each runs in a process of its own, three at a time, and they take turns step by step (`--row 4`: four steps by four), in
-a rotating order, so that a disturbance meets all of them. Speeds are medians over all timed steps, min and max beside
-them; a ratio is the median over the turns of (their seconds / ours), its range the quartiles. Memory is the peak of
-RssAnon above what the imports left; `above` is what of it is beyond both models' weights and AdamW's moments, which
-everybody needs. The first step's losses must agree to 2 %, or the contenders did not do the same work and nothing is
-written. CPU seconds are only for orientation on a machine that others use: `--threads 1` compares them without threads
-that wait for each other.
+Each runs in a process of its own, three at a time, and they take turns of `--row` steps, in a rotating order, so that a
+disturbance meets all of them. The first step of a turn isn't counted: memory that nothing touched for some seconds is
+slow to come back on a virtual machine (a pause of 8 s costs a step of ours a tenth, without a fault of the kernel's),
+and a training never stands still. With it, too, the ratios are in the result. Speeds are medians over the counted
+steps, min and max beside them; a ratio is the median over the turns of (their seconds / ours), its range the quartiles.
+Memory is the peak of RssAnon above what the imports left; `above` is what of it is beyond both models' weights and
+AdamW's moments, which everybody needs. The first step's losses must agree to 2 %, or the contenders did not do the same
+work and nothing is written. CPU seconds are only for orientation on a machine that others use: `--threads 1` compares
+them without threads that wait for each other.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ CONTENDERS = ("ours", "trl", "modelopt", "eager", "plain")
 PEERS = {"trl": ("trl-1.16.0", TRL_PACKAGES), "modelopt": ("modelopt-0.47.0", MODELOPT_PACKAGES)}
 LAYERS = 20
 LOSS_TOLERANCE = 0.02
+SETTLE = 1  # steps of a turn that aren't counted
 # The teacher's 134,515,008 parameters in bfloat16, and the student's 99,114,048 with two moments in float32.
 ALLOCATED_BYTES = 2 * 134_515_008 + 12 * 99_114_048
 
@@ -239,20 +242,19 @@ def take_turns(workers: dict[str, TurnTaker], options: argparse.Namespace, work:
     return {name: json.loads((work / f"{name}.json").read_text()) for name in names}
 
 
-def summarise(groups: list[dict[str, dict[str, Any]]], row: int) -> dict[str, Any]:
+def summarise(groups: list[dict[str, dict[str, Any]]], row: int, settle: int) -> dict[str, Any]:
+    """`settle`: the first steps of each turn, which aren't counted."""
     tokens = SEQUENCES * LENGTH
     runs: dict[str, list[dict[str, Any]]] = {}
-    turns: dict[str, list[float]] = {}
     for group in groups:
         for name, run in group.items():
             runs.setdefault(name, []).append(run)
-            if name != "ours" and "ours" in group:
-                pairs = zip(_by_turn(run["seconds"], row), _by_turn(group["ours"]["seconds"], row), strict=True)
-                turns.setdefault(name, []).extend(theirs / ours for theirs, ours in pairs)
     table = {
         name: {
-            "tokens_per_second": spread([tokens / seconds for run in found for seconds in run["seconds"]]),
-            "cpu_seconds_per_step": statistics.median([seconds for run in found for seconds in run["cpu_seconds"]]),
+            "tokens_per_second": spread([tokens / s for run in found for s in _counted(run["seconds"], row, settle)]),
+            "cpu_seconds_per_step": statistics.median(
+                [s for run in found for s in _counted(run["cpu_seconds"], row, settle)]
+            ),
             "peak_rss_anon_bytes": max(run["peak_rss_anon_bytes"] for run in found),
             "above_allocated_bytes": max(run["peak_rss_anon_bytes"] for run in found) - ALLOCATED_BYTES,
             "first_loss": found[0]["first_loss"],
@@ -260,15 +262,29 @@ def summarise(groups: list[dict[str, dict[str, Any]]], row: int) -> dict[str, An
         }
         for name, found in runs.items()
     }
-    ratios = {}
-    for name, found in turns.items():
-        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-        ratios[f"ours/{name}"] = {"ratio": middle, "low": low, "high": high, "turns": len(found)}
-    return {"contenders": table, "ratios": ratios}
+    return {"contenders": table, "ratios": ratios(groups, row, settle), "ratios_of_all": ratios(groups, row, 0)}
 
 
-def _by_turn(seconds: list[float], row: int) -> list[float]:
-    return [sum(seconds[first : first + row]) for first in range(0, len(seconds), row)]
+def ratios(groups: list[dict[str, dict[str, Any]]], row: int, settle: int) -> dict[str, dict[str, float]]:
+    turns: dict[str, list[float]] = {}
+    for group in groups:
+        ours = _by_turn(group["ours"]["seconds"], row, settle)
+        for name in group.keys() - {"ours"}:
+            theirs = _by_turn(group[name]["seconds"], row, settle)
+            turns.setdefault(name, []).extend(one / other for one, other in zip(theirs, ours, strict=True))
+    found = {}
+    for name, ratio in turns.items():
+        low, middle, high = statistics.quantiles(ratio, n=4, method="inclusive")
+        found[f"ours/{name}"] = {"ratio": middle, "low": low, "high": high, "turns": len(ratio)}
+    return found
+
+
+def _by_turn(seconds: list[float], row: int, settle: int) -> list[float]:
+    return [sum(seconds[first + settle : first + row]) for first in range(0, len(seconds), row)]
+
+
+def _counted(seconds: list[float], row: int, settle: int) -> list[float]:
+    return [one for number, one in enumerate(seconds) if number % row >= settle]
 
 
 def check_same_loss(summary: dict[str, Any]) -> None:
@@ -302,8 +318,8 @@ def show(summary: dict[str, Any], threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each process")
-    parser.add_argument("--steps", type=int, default=16, help="timed steps of each process")
-    parser.add_argument("--row", type=int, default=1, help="steps of a turn, a divisor of --steps")
+    parser.add_argument("--steps", type=int, default=24, help="timed steps of each process")
+    parser.add_argument("--row", type=int, default=4, help="steps of a turn, 2 or more, a divisor of --steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tunables", default="glibc.malloc.hugetlb=1", help="GLIBC_TUNABLES of every contender")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[1:], default=list(CONTENDERS[1:]))
@@ -312,8 +328,10 @@ def main() -> None:
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.worker and options.steps % options.row:
-        parser.error(f"--steps {options.steps} must be a multiple of --row {options.row}")
+    if not options.worker and (options.row <= SETTLE or options.steps % options.row):
+        parser.error(
+            f"--steps {options.steps} must be a multiple of --row {options.row}, which is {SETTLE + 1} or more"
+        )
     if options.worker:
         _worker(options.worker, options.work, options.warmup, options.steps)
         return
@@ -330,7 +348,7 @@ def main() -> None:
         groups.append(take_turns(workers, options, work))
         for name, run in groups[-1].items():
             print(f"{name}: {SEQUENCES * LENGTH / statistics.median(run['seconds']):.0f} tokens/s", flush=True)
-    summary = summarise(groups, options.row)
+    summary = summarise(groups, options.row, SETTLE)
     show(summary, options.threads)
     check_same_loss(summary)
     write_result(

@@ -152,20 +152,26 @@ def building_folder(path: Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file atomically, with the permissions of the umask (the library alone writes 0600)."""
+    """Write one safetensors file atomically."""
+    _save(path, lambda temporary: write_tensors(temporary, tensors, metadata))
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except Exception as error:
-            # safetensors wraps the operating system's error in its own class; keep the one a caller can act on.
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            if "File too large" in str(error) or "os error 27" in str(error):
-                raise OSError(errno.EFBIG, "File too large") from error
-            raise
 
-    _save(path, write)
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file to the disk, with the permissions of the umask (the library alone writes 0600).
+
+    Raises OSError for what the system refuses.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except Exception as error:
+        # safetensors wraps the operating system's error in its own class; keep the one a caller can act on.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        if "File too large" in str(error) or "os error 27" in str(error):
+            raise OSError(errno.EFBIG, "File too large") from error
+        raise
+    open_permissions(path)
+    _fsync(path)
 
 
 def save_rows(path: Path, name: str, dtype: str, shape: Sequence[int], blocks: Iterable[torch.Tensor]) -> None:
@@ -186,6 +192,7 @@ def save_rows(path: Path, name: str, dtype: str, shape: Sequence[int], blocks: I
                     header += b" " * (-len(header) % 8)
                     file.write(len(header).to_bytes(8, "little") + header)
                 size += file.write(block.contiguous().view(torch.uint8).numpy().data)
+        _fsync(temporary)
         assert size == total, f"{size} bytes of {total}"
 
     _save(path, write)
@@ -198,8 +205,6 @@ def _save(path: Path, write: Callable[[Path], None]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(path)
             write(temporary)
-            open_permissions(temporary)
-            _fsync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ one whose digest doesn't fit is passed over for the one before, with a warning.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -22,10 +23,32 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
-from compress.artifacts import building_folder, fingerprint_path, read_json, temporary_of, write_json, writer_number
+from compress.artifacts import (
+    building_folder,
+    fingerprint_path,
+    read_json,
+    temporary_of,
+    write_json,
+    write_tensors,
+    writer_number,
+)
 from compress.devices import random_states, set_random_states
 from compress.errors import ArtifactError
 from compress.lease import check_lease
@@ -61,7 +84,7 @@ def save(
         if ranks.size > 1:  # from now on the folder is there
             dist.broadcast(number, 0, group=group)
         temporary = temporary_of(final, int(number))
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True, thread_count=1)
+        writer = _Files(str(temporary), save_distributed=True)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -100,6 +123,35 @@ def _remove_old(folder: Path, step: int, keep: int, figures: Mapping[int, float]
     for old in there[:-keep]:
         if old != best:
             shutil.rmtree(folder / f"step_{old:08d}")
+
+
+class _Files(HuggingFaceStorageWriter):
+    """torch's writer, but for how a file is written: from the tensors' own memory.
+
+    torch's puts the whole file together in new memory first and holds Python's lock meanwhile, so that training beside
+    it stands still: 3 s for 1.2 GB where writing takes 1 (benchmarks/checkpoint.py).
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, dict[str, Any]] = {}
+        for item in plan.items:
+            found = planner.resolve_data(item)
+            assert isinstance(found, Tensor)
+            assert item.tensor_data is not None
+            tensors[item.index.fqn] = found.detach().cpu().contiguous()
+            places[item.index.fqn] = {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets}
+        if tensors:
+            said = {
+                CUSTOM_METADATA_KEY: json.dumps(places),
+                DCP_VERSION_KEY: str(HF_DCP_VERSION),
+                FORMAT_KEY: FORMAT_VALUE,
+            }
+            name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"  # as torch's
+            write_tensors(Path(self.path) / name, tensors, said)
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([])  # nobody asks: without consolidation no file says which one a tensor is in
+        return done
 
 
 class Writer:

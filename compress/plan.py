@@ -170,7 +170,7 @@ def _step_memory(
 ) -> dict[str, dict[str, int]]:
     """Of a distillation step of `world` ranks and, where the teacher is corrected, of a step of its own training, by
     moment."""
-    beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks)
+    beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks, layout.on_cpu)
     if config.teacher.whole_window and layout.teacher_runs:
         largest = max(phase["global_batch_size"] * phase["sequence_length"] for phase in phase_settings(config))
         states = largest // world * teacher.shape.hidden_size * layout.compute_bytes
@@ -241,14 +241,14 @@ def _moment_bytes(config: CompressConfig) -> int:
     return MOMENT_BYTES if config.distill.optimizer is Optimizer.adamw else MOMENT_BYTES // 2
 
 
-def _beside(config: CompressConfig, parameters: int) -> dict[str, int]:
+def _beside(config: CompressConfig, parameters: int, on_cpu: bool) -> dict[str, int]:
     """What a rank holds all through training beside the step, for its share of the parameters."""
     found = {}
     state = MASTER_BYTES + _moment_bytes(config)
     if config.distill.ema_decay is not None:
         found["student: the moving average"] = MASTER_BYTES * parameters
         state += MASTER_BYTES
-    if config.distill.async_checkpoint:
+    if config.distill.async_checkpoint and on_cpu:  # a GPU's is in the memory of its host
         found["checkpoint: the copy being written"] = state * parameters
     return found
 

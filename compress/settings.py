@@ -327,7 +327,7 @@ class DistillConfig:
     checkpoint_steps: int = 16
     keep_checkpoints: int = 2
     keep_best: bool = False  # the checkpoint of the lowest validation KL too
-    async_checkpoint: bool = False  # written beside the steps, from a copy in memory; on a CPU that saved nothing
+    async_checkpoint: bool = False  # copied and written beside the steps, from the host's memory
     log_steps: int = 1
     validate_steps: int | None = None  # KL to the teacher, loss, top-1 every so many steps; null = never
     validate_tokens: Size = 16384.0  # of each validation set, at most

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from benchmarks.common import PeakMemory, anonymous_bytes
 from compress import checkpoint
 from compress.errors import ArtifactError
 from compress.parallel import single_process_mesh
@@ -114,6 +115,14 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, damage: str, ca
     assert found is not None
     assert found[1]["step"] == 1
     assert "step_00000002 is damaged" in caplog.text
+
+
+def test_saving_takes_no_memory_of_the_states_size(tmp_path: Path) -> None:
+    state = {f"model/{number}": torch.zeros(4 << 20) for number in range(8)}  # 128 MiB
+    before = anonymous_bytes()
+    with PeakMemory(0.002) as peak:
+        checkpoint.save(tmp_path, 1, state, {}, 1)
+    assert peak.bytes - before < 32 << 20
 
 
 def test_without_marker_it_is_not_there_and_none_whole_is_an_error(tmp_path: Path) -> None:

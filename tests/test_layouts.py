@@ -127,6 +127,7 @@ def assert_same_training(found: Path, expected: Path, steps: int = STEPS) -> Non
         pytest.param(4, (), marks=pytest.mark.slow),
         pytest.param(2, ("cluster.shard_ranks=1", "distill.async_checkpoint=true"), marks=pytest.mark.slow),
         pytest.param(2, ("teacher.whole_window=true", "distill.recompute=true"), marks=pytest.mark.slow),
+        pytest.param(2, ("distill.compile=true",), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_as_one_process(
