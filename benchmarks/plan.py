@@ -1,7 +1,7 @@
 """The plan's memory against what is: real training steps on this machine, and torch's FSDP2 tracker for 64 ranks.
 
     python -m benchmarks.plan                    # from the repository's root; about 12 minutes, 16 GB of memory
-    python -m benchmarks.plan --only real        # or ranks, or tracker
+    python -m benchmarks.plan --only real        # or ranks, or tracker: the other rows of the result stay
 
 real: three students whose states (float32 weights, gradients, AdamW's moments) take 1 to 5 GB, with a teacher of a
 third more; three steps of 4x512 tokens by the code of the distill stage, each size in a process of its own. Measured is
@@ -242,10 +242,12 @@ def main() -> None:
                 row["by_default_bytes"] = worker(command, "glibc.malloc.hugetlb=1")["measured_bytes"]
         row["planned_bytes"] = sum(size for part, size in row["parts"].items() if part != "moment")
         row["ratio"] = row["planned_bytes"] / row["measured_bytes"]
+        row["machine"] = machine()
         rows[f"{kind}: {name}"] = row
         sizes = f"planned {row['planned_bytes'] / 2**30:.2f} GiB, measured {row['measured_bytes'] / 2**30:.2f} GiB"
         print(f"{kind}: {name}: {sizes}, {row['ratio']:.3f} ({row['parts']['moment']})", flush=True)
-    write_result(options.output, {"machine": machine(), "rows": rows})
+    before = json.loads(options.output.read_text())["rows"] if options.only and options.output.exists() else {}
+    write_result(options.output, {"rows": {**before, **rows}})
     print(f"written: {options.output}")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from compress.artifacts import fingerprint, fingerprint_path
+from compress.config import conf_dir
 from compress.errors import ConfigError
 from compress.inputs import teacher_of
 from compress.manifests import plain_settings, versions
@@ -33,8 +34,15 @@ def check_agreement(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None
 
 
 def _code(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
-    code = {path.name: fingerprint_path(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
-    _compare({"code of compress": code}, ranks, "install the same version on every node, or give all one PYTHONPATH")
+    package = Path(__file__).parent
+    files = {
+        f"{folder.name}/{path.relative_to(folder)}": fingerprint_path(path)
+        for folder in (package, conf_dir())
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".py", ".yaml")
+    }
+    remedy = "install the same version on every node, or give all one PYTHONPATH"
+    _compare_files(files, f"code of compress, in {package}", ranks, remedy)
 
 
 def _versions(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
@@ -48,8 +56,16 @@ def _settings(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     _compare(_leaves(plain_settings(config)), ranks, "start every rank by the same command", tell=True)
 
 
-def _teacher(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
-    _compare({"teacher's files": fingerprint_path(teacher_of(config))}, ranks, "let every node read the same folder")
+def _models(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
+    folders = {"teacher.path": str(teacher_of(config)), "distill.init_from": config.distill.init_from,
+               "prune.source": config.prune.source}  # fmt: skip
+    for key, folder in folders.items():
+        if folder:  # alike on every rank: settings come before
+            place = Path(folder).expanduser()
+            files = {
+                str(path.relative_to(place)): fingerprint_path(path) for path in place.rglob("*") if path.is_file()
+            }
+            _compare_files(files, f"{key}={folder}", ranks, "let every node read the same folder")
 
 
 def _leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -61,9 +77,30 @@ def _leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _compare_files(files: Mapping[str, str], what: str, ranks: Ranks, remedy: str) -> None:
+    """Fingerprints by name, of which ranks may have others, or more."""
+    rows = torch.tensor([[_number(name), _number(found)] for name, found in files.items()], dtype=torch.float64)
+    counts = [int(found) for [found] in ranks.gather([torch.tensor(len(files))])]
+    padded = torch.zeros(max(counts), 2, dtype=torch.float64)
+    padded[: len(files)] = rows.view(-1, 2)
+    names = {_number(name): name for name in files}
+    first, *others = ({(a, b) for a, b in found.tolist() if a} for [found] in ranks.gather([padded]))
+    for rank, found in enumerate(others, start=1):
+        different = sorted({number for number, _ in first ^ found})
+        if different:
+            known = sorted(names[number] for number in different if number in names)
+            said = f" ({', '.join(known[:3])}{', ...' if len(different) > 3 else ''})" if known else ""
+            raise ConfigError(f"rank {rank} of {ranks.size} has another {what} than rank 0{said}; {remedy}")
+
+
+def _number(value: Any) -> float:
+    """That float64 holds."""
+    return float(int(fingerprint(value)[:12], 16))
+
+
 def _compare(facts: Mapping[str, Any], ranks: Ranks, remedy: str, *, tell: bool = False) -> None:
     """Facts of the same names on every rank. tell: a person can read them."""
-    digests = torch.tensor([int(fingerprint(value)[:12], 16) for value in facts.values()], dtype=torch.float64)
+    digests = torch.tensor([_number(value) for value in facts.values()], dtype=torch.float64)
     first, *others = (found for [found] in ranks.gather([digests]))
     for rank, found in enumerate(others, start=1):
         different = [name for name, same in zip(facts, (found == first).tolist(), strict=True) if not same]
@@ -105,6 +142,6 @@ CHECKS: dict[str, Callable[[CompressConfig, Path, Ranks], None]] = {
     "code": _code,
     "versions": _versions,
     "settings": _settings,
-    "teacher's files": _teacher,
+    "models' files": _models,
     "shared folder": _shared,
 }

@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 ERROR = "error.json"
 FORMAT_VERSION = 1
+guards: list[Callable[[Path], None]] = []  # `lease` has one
 _SAMPLE_BYTES = 65536
 _SAMPLES = 64
 
@@ -53,6 +54,17 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot be made a folder or file ({error.strerror}: {error.filename}); choose another "
             "run_dir= or cache_dir=, or move what is in the way"
         ) from error
+
+
+def check_guards(path: Path) -> None:
+    """Before something is put into this place: any of `guards` may raise."""
+    for guard in guards:
+        guard(path)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    check_guards(path)
+    os.replace(temporary, path)
 
 
 def _fsync(path: Path) -> None:
@@ -82,7 +94,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             _remove_stale(path)
             temporary.write_bytes(payload)
             _fsync(temporary)
-            os.replace(temporary, path)
+            _put(temporary, path)
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -142,6 +154,7 @@ def building_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _fsync(file)
             old = path.with_name(f".{path.name}.tmp-old")
+            check_guards(path)
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
@@ -205,7 +218,7 @@ def _save(path: Path, write: Callable[[Path], None]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(path)
             write(temporary)
-            os.replace(temporary, path)
+            _put(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -237,6 +250,7 @@ def replace_contents(building: Path, target: Path) -> None:
     """
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
+        check_guards(target)
         for old in target.iterdir():
             if old.name in (MANIFEST, STARTED, ERROR) or old.name.startswith("."):
                 continue

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from compress.artifacts import disk_errors, write_json
+from compress.artifacts import disk_errors, guards, write_json
 from compress.errors import ArtifactError
 
 log = logging.getLogger(__name__)
@@ -69,15 +69,21 @@ def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
 
 
 def check_lease(folder: Path) -> None:
-    """Raise TakenOver where this process held the stage folder and a later try has taken it; before each commit."""
-    path = _path(folder)
-    if path not in _signed:
-        return
-    name, lock = _signed[path]
-    found = _read(path)
-    if found.get("name") != name:
-        raise TakenOver(f"{folder} is now written by {found.get('process')}, a later try; nothing more is written here")
-    _locked(lock)  # what the try before has let go by now
+    """Raise TakenOver where this process held the stage folder, or one that the path is in, and a later try has taken
+    it; called before whatever is put into its place (`artifacts`)."""
+    place = folder.absolute()
+    for path in (_path(one) for one in (place, *place.parents)):
+        if path not in _signed:
+            continue
+        name, lock = _signed[path]
+        found = _read(path)
+        if found.get("name") != name:
+            by = found.get("process")
+            raise TakenOver(f"{folder} is now written by {by}, a later try; nothing more is written here")
+        _locked(lock)  # what the try before has let go by now
+
+
+guards.append(check_lease)
 
 
 def _path(folder: Path) -> Path:

@@ -75,10 +75,12 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = run_dir_of(config)
+    world = launched().size
     for stage in (Stage.search, Stage.distill):
         if config.stage in (Stage.all, stage) and stage in chosen_stages(config):
-            check_layout(config.cluster.shard_ranks, launched().size)
-            check_ranks(config, launched().size, stage)
+            share = search.shared_by(config, world) if stage is Stage.search else config.cluster.shard_ranks
+            check_layout(share, world)
+            check_ranks(config, world, stage)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:

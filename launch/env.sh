@@ -11,11 +11,11 @@ COMPRESS_SBATCH=${COMPRESS_SBATCH:-}          # such as "--partition=batch --acc
 COMPRESS_CONTAINER=${COMPRESS_CONTAINER:-}    # such as /images/compress.sqsh
 COMPRESS_MOUNTS=${COMPRESS_MOUNTS:-}          # such as /lustre:/lustre
 
-# Seconds that a checkpoint may take, before the time limit and after a signal.
+# Seconds that a checkpoint may take; a job is told to save so long, and a minute, before its time limit.
 COMPRESS_GRACE=${COMPRESS_GRACE:-300}
 # Tries in a row that may pass without a newly committed step.
 COMPRESS_TRIES=${COMPRESS_TRIES:-3}
-# Seconds that stage=doctor may take to look at the nodes before a stage on several; a job with less time goes without. 0: never.
+# Seconds that stage=doctor may take to look at the nodes before a stage on several ranks; a job with less time goes without. 0: never.
 COMPRESS_DOCTOR=${COMPRESS_DOCTOR:-600}
 
 # The network between nodes, where NCCL or gloo choose the wrong one.

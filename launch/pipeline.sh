@@ -32,6 +32,8 @@ if [[ -z $dry ]]; then
     cp "$here/env.sh" "$here/stage.sbatch" "$building/launch/"
     mv -T "$building" "$code" || rm -rf "$building"   # another submitter was first
   fi
+  cp "$here/env.sh" "$code/launch/.env.sh.$$"   # the site as it is now: a mount that was missing, another account
+  mv "$code/launch/.env.sh.$$" "$code/launch/env.sh"
 fi
 
 unset COMPRESS_CHAIN COMPRESS_LINK   # of a job that this may be called from
@@ -51,7 +53,7 @@ while IFS=$'\t' read -r stage nodes ranks time cpus memory submissions; do
       ((link == 1)) || waits=${waits:+$waits,}afterany:$previous
     fi
     options+=(--parsable "--job-name=compress-$stage" "--nodes=$nodes" --ntasks-per-node=1 "--time=$time"
-              --open-mode=append "--signal=B:USR1@$COMPRESS_GRACE" "--output=$run_dir/logs/%x-%j.log"
+              --open-mode=append "--signal=B:USR1@$((COMPRESS_GRACE + 60))" "--output=$run_dir/logs/%x-%j.log"
               "--chdir=$run_dir" --export=ALL)
     [[ $cpus == - ]] || options+=("--cpus-per-task=$cpus")
     [[ $memory == - ]] || options+=("--mem=$memory")

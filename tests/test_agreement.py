@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from compress import agreement
 from compress.agreement import check_agreement
 from compress.config import load_config
 from compress.errors import ConfigError
+from compress.manifests import versions
 from compress.parallel import ALONE, launched
 
 
@@ -21,9 +24,20 @@ def check(folder: Path, cache: Path, kind: str) -> None:
     settings = ["distill.beta2=0.98"] if kind == "settings" and other else []
     run_dir = folder / (f"run-{ranks.rank}" if kind == "folder" else "run")
     if kind == "code" and other:
-        agreement.__file__ = str(folder / "elsewhere" / "agreement.py")
-        Path(agreement.__file__).parent.mkdir()
-        Path(agreement.__file__).write_text("")
+        package = shutil.copytree(Path(agreement.__file__).parent, folder / "elsewhere" / "compress")
+        (package / "objectives" / "terms.py").write_text("")
+        agreement.__file__ = str(package / "agreement.py")
+    if kind == "versions" and other:
+        agreement.versions = lambda: {**versions(), "torch": "2.0"}
+    if kind == "files":  # each node has a copy of its own, of which one was not brought up to date
+        student = Path(shutil.copytree(cache / "tiny" / "teacher", folder / f"student-{ranks.rank}"))
+        if other:
+            (student / "config.json").write_text("{}")
+            (student / "notes.txt").write_text("")
+        (folder / f"home-{ranks.rank}").mkdir()
+        os.environ["HOME"] = str(folder / f"home-{ranks.rank}")
+        student.rename(folder / f"home-{ranks.rank}" / "student")
+        settings = ['distill.init_from="~/student"']
     agreement._PATIENCE = 1
     config = load_config(*FAST, "run_dir=run", f"cache_dir={cache}", *settings)
     try:
@@ -39,7 +53,11 @@ def check(folder: Path, cache: Path, kind: str) -> None:
     [
         pytest.param("alike", "agreed", marks=pytest.mark.slow),
         ("settings", "rank 1 of 2 has another distill.beta2 than rank 0"),
-        pytest.param("code", "rank 1 of 2 has another code of compress than rank 0", marks=pytest.mark.slow),
+        pytest.param("code", "than rank 0 (compress/objectives/terms.py); install", marks=pytest.mark.slow),
+        pytest.param("versions", "rank 1 of 2 has another version of torch than rank 0", marks=pytest.mark.slow),
+        pytest.param(
+            "files", "has another distill.init_from=~/student than rank 0 (config.json", marks=pytest.mark.slow
+        ),
         ("folder", "is not the same folder for rank 1 of 2"),
     ],
 )

@@ -15,6 +15,8 @@ from compress.errors import ConfigError
 from compress.jobs import jobs_of
 
 ON_TWO = ("cluster.num_nodes=2", "distill.micro_batch_size=1", "distill.global_batch_size=8")
+SEARCH = ("prune.num_hidden_layers=null", "prune.intermediate_size=null", "prune.max_parameters=160000",
+          "search.num_candidates=2", "search.num_tokens=1024")  # fmt: skip
 
 
 def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_path: Path) -> None:
@@ -28,6 +30,13 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
     }  # fmt: skip
 
 
+def test_a_search_on_fewer_ranks_than_share_the_student_later_shares_its_own_among_all(tmp_path: Path) -> None:
+    settings = [*SEARCH, "cluster.ranks_per_node=2", "cluster.jobs.distill.num_nodes=2", "cluster.shard_ranks=4"]
+    jobs = jobs_of(load_config(*FAST, *settings, "distill.micro_batch_size=2", f"run_dir={tmp_path / 'run'}"))
+    asked = {str(job.stage): job.num_nodes * job.ranks_per_node for job in jobs}
+    assert (asked["search"], asked["distill"]) == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -38,6 +47,10 @@ def test_the_distributed_stages_get_the_clusters_nodes_and_the_others_one(tmp_pa
         ([*ON_TWO, "cluster.shard_ranks=3"], "cluster.shard_ranks=3 must divide the 2 ranks"),
         ([*ON_TWO, "distill.micro_batch_size=8"], "WORLD_SIZE=2: the global batch of phase 1, 8 sequences, must be"),
         (["teacher.mode=auto"], "teacher.mode=auto is no chain of stages"),
+        (
+            [*ON_TWO, *SEARCH, "stage=search", "distill.micro_batch_size=8"],
+            "WORLD_SIZE=2: the global batch of the search, 8 sequences, must be a multiple of 2 ranks",
+        ),
     ],
 )
 def test_what_is_no_chain_of_jobs_is_refused(settings: list[str], said: str, tmp_path: Path) -> None:
