@@ -33,16 +33,19 @@ def check_agreement(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None
         check(config, run_dir, ranks)
 
 
-def _code(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
-    package = Path(__file__).parent
-    files = {
+def code_files() -> dict[str, str]:
+    """Fingerprints of what this program consists of, by name."""
+    return {
         f"{folder.name}/{path.relative_to(folder)}": fingerprint_path(path)
-        for folder in (package, conf_dir())
+        for folder in (Path(__file__).parent, conf_dir())
         for path in sorted(folder.rglob("*"))
         if path.suffix in (".py", ".yaml")
     }
+
+
+def _code(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     remedy = "install the same version on every node, or give all one PYTHONPATH"
-    _compare_files(files, f"code of compress, in {package}", ranks, remedy)
+    _compare_files(code_files(), f"code of compress, in {Path(__file__).parent}", ranks, remedy)
 
 
 def _versions(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:

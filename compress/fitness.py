@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
+from compress.agreement import code_files
 from compress.architecture import num_parameters
-from compress.artifacts import disk_errors, existing, free_disk_bytes
+from compress.artifacts import disk_errors, existing, fingerprint, free_disk_bytes
 from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import read_model
@@ -88,7 +89,8 @@ _UNTOLD = "what training needs can't be told before its student is chosen"
 
 def _software(subject: Subject) -> Line:
     names = " ".join(f"{name} {found}" for name, found in versions().items())
-    return Line(Verdict.ok, f"Python {platform.python_version()}, {names}")
+    code = fingerprint(code_files())[:12]  # a revision's, whether or not git is there
+    return Line(Verdict.ok, f"Python {platform.python_version()}, {names}; code {code}")
 
 
 def _accelerator(subject: Subject) -> Line:

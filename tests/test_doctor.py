@@ -44,7 +44,7 @@ def test_a_fit_machine_passes_and_nothing_is_left_behind(
     found = lines(capsys.readouterr().out)
     assert list(found) == list(CHECKS)
     assert {verdict for verdict, _ in found.values()} == {"pass"}
-    assert re.match(r"Python 3\.\d+\.\d+, torch 2\..*transformers 5\.", found["software"][1])
+    assert re.match(r"Python 3\.\d+\.\d+, torch 2\..*transformers 5\..*; code [0-9a-f]{12}$", found["software"][1])
     assert found["GPUs"][1] == "no GPU, gloo on CPU"
     assert not list(tmp_path.iterdir())
 

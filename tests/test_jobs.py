@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_a_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
     assert ["--nodes=2" in line for line in lines] == [False, True, False, True, False, True]
     assert all("--export=ALL " in line for line in lines), "a list has slurmd run a login shell before each job"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_lines_of_the_docs_make_a_chain() -> None:
+    text = (REPOSITORY / "docs" / "cluster.md").read_text()
+    [lines] = re.findall(r"( +settings=\(.*?\))\n +launch/pipeline.sh --dry-run", text, re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-c", f'{lines}\nlaunch/pipeline.sh --dry-run "${{settings[@]}}"'], cwd=REPOSITORY,
+        env={**environment(), "PATH": PATH}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    distill = next(line for line in done.stdout.splitlines() if line.endswith("stage=distill "))
+    assert "--nodes=8" in distill
+    assert "COMPRESS_RANKS=8" in distill
 
 
 def test_without_requeue_the_jobs_of_a_stage_follow_each_other_however_they_end(tmp_path: Path) -> None:

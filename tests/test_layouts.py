@@ -21,6 +21,7 @@ import torch
 from conftest import FAST, environment
 from distributed import ranks_of, torchrun
 from families import make_model, save_model
+from safetensors.torch import load_file
 
 from benchmarks.collectives import LAYOUTS, row_of
 from compress import checkpoint, pipeline
@@ -83,7 +84,8 @@ def upstream(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(upstream: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process trains, uninterrupted."""
     folder = Path(shutil.copytree(upstream, tmp_path_factory.mktemp("alone") / "run"))
-    pipeline.run(load_config(*FAST, *SETTINGS, f"run_dir={folder}", f"cache_dir={cache}", "stage=distill"))
+    for stage in ("distill", "export"):
+        pipeline.run(load_config(*settings_of(folder, cache, "export.dtype=float32", f"stage={stage}")))
     return folder
 
 
@@ -113,9 +115,13 @@ def assert_same_training(found: Path, expected: Path, steps: int = STEPS) -> Non
     ours, theirs = losses(found), losses(expected)
     assert len(ours) == len(theirs) == steps + 2
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
-    trained = weights(found, steps)
-    for name, weight in weights(expected, steps).items():
-        difference = (trained[name] - weight).norm() / weight.norm()
+    assert_close(weights(found, steps), weights(expected, steps))
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        difference = (found[name] - weight).norm() / weight.norm()
         assert difference < 1e-3, f"{name}: {difference:.2g}"
 
 
@@ -135,6 +141,10 @@ def test_ranks_train_as_one_process(
 ) -> None:
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
     assert_same_training(train(size, run_dir, cache, *extra), alone)
+    export = ("export.dtype=float32", *extra, "stage=export", "cluster.shard_ranks=null")
+    pipeline.run(load_config(*settings_of(run_dir, cache, *export)))
+    exported, expected = (load_file(folder / "export" / "model.safetensors") for folder in (run_dir, alone))
+    assert_close(exported, expected)
 
 
 @pytest.mark.slow

@@ -263,6 +263,26 @@ def test_a_stage_that_fails_stops_the_chain(cluster: Cluster, undisturbed: Path,
     assert cluster.facts(jobs["distill"])["Restarts"] == "0", "another try would be refused as well"
 
 
+def test_only_tries_without_a_new_commit_count(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    """One is allowed: a try that has committed when it is killed is followed by another; one that hasn't ends it."""
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    jobs = submit(cluster, run_dir, cache, "until=export", COMPRESS_TRIES="1")
+    job = jobs["distill"]
+    wait_for_step(cluster, run_dir, job)
+    first = set(cluster.processes(job))
+    os.kill(min(first), signal.SIGKILL)
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1", 120, "requeue")
+    cluster.wait(lambda: bool(set(cluster.processes(job)) - first), 120, "second try")
+    os.kill(min(set(cluster.processes(job)) - first), signal.SIGKILL)
+    assert cluster.finished(job, 120) == "FAILED"
+    assert cluster.finished(jobs["export"], 60) == "CANCELLED"
+    assert cluster.facts(job)["Restarts"] == "1"
+    log = (run_dir / "logs" / f"compress-distill-{job}.log").read_text()
+    assert re.findall(r"^try (\d): .* (\d) tries in a row", log, re.MULTILINE) == [("0", "0"), ("1", "1")], log
+
+
 def test_dry_run_submits_nothing(cluster: Cluster, cache: Path, tmp_path: Path) -> None:
     before = cluster.run("squeue", "-h")
     said = subprocess.run(
