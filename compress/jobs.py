@@ -20,8 +20,7 @@ from compress.config import load_config
 from compress.errors import CompressError, ConfigError
 from compress.families import add_families
 from compress.manifests import expectations, is_done
-from compress.parallel import check_layout
-from compress.search import shared_by
+from compress.parallel import check_layout, shared_by
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
 from compress.stages import ON_RANKS, chosen_stages, run_dir_of
 from compress.training_rules import check_ranks
@@ -65,7 +64,8 @@ def jobs_of(config: CompressConfig) -> list[Job]:
             )
         if stage in (Stage.search, Stage.distill):
             world = nodes * ranks
-            check_layout(shared_by(config, world) if stage is Stage.search else config.cluster.shard_ranks, world)
+            share = config.cluster.shard_ranks
+            check_layout(shared_by(share, world) if stage is Stage.search else share, world)
             check_ranks(config, world, stage)
         time = asked.time or config.cluster.time
         found.append(Job(stage, nodes, ranks, time, asked.cpus, asked.memory, asked.submissions))

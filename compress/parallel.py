@@ -257,6 +257,11 @@ def check_layout(shard_ranks: int | None, world: int) -> int:
     return share
 
 
+def shared_by(shard_ranks: int | None, world: int) -> int | None:
+    """cluster.shard_ranks for a stage that may have fewer ranks than training: then all of them share a model."""
+    return None if shard_ranks is not None and shard_ranks > world else shard_ranks
+
+
 @contextlib.contextmanager
 def device_mesh(shard_ranks: int | None, device: torch.device = CPU) -> Iterator[tuple[Ranks, DeviceMesh]]:
     """The launched ranks, which can talk to each other inside the block, and the mesh of their devices: (shard,), or

@@ -47,7 +47,7 @@ from compress.manifests import books, check_upstream, expectations, is_done, rea
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
-from compress.parallel import check_compiler, check_layout, joined, launched, refuse_several_ranks
+from compress.parallel import check_compiler, check_layout, joined, launched, refuse_several_ranks, shared_by
 from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
@@ -78,8 +78,8 @@ def run(config: CompressConfig) -> None:
     world = launched().size
     for stage in (Stage.search, Stage.distill):
         if config.stage in (Stage.all, stage) and stage in chosen_stages(config):
-            share = search.shared_by(config, world) if stage is Stage.search else config.cluster.shard_ranks
-            check_layout(share, world)
+            share = config.cluster.shard_ranks
+            check_layout(shared_by(share, world) if stage is Stage.search else share, world)
             check_ranks(config, world, stage)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)

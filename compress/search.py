@@ -49,6 +49,7 @@ from compress.parallel import (
     resolve_dtype,
     shard,
     shard_frozen,
+    shared_by,
 )
 from compress.progress import console, track
 from compress.scores import Importance, rank_correlation
@@ -109,19 +110,15 @@ class Round:
         return (torch.bincount(best_R, minlength=len(self.names)) / NUM_RESAMPLES).tolist()
 
 
-def shared_by(config: CompressConfig, num_ranks: int) -> int | None:
-    """cluster.shard_ranks, or null, which is all, where it says more than the stage has: distill's may be many more."""
-    asked = config.cluster.shard_ranks
-    return None if asked is not None and asked > num_ranks else asked
-
-
 def preflight(config: CompressConfig) -> None:
     """Raise before any long work when the search can't be held in memory or on the disk. Reads no weights."""
     trust = config.teacher.trust_remote_code
     info, teacher = read_model(source_of(config), trust), read_model(teacher_of(config), trust)
     # Of it on this machine, where those ranks share one that train a candidate together.
     world = launched().size
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / check_layout(shared_by(config, world), world)
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / check_layout(
+        shared_by(config.cluster.shard_ranks, world), world
+    )
     if streams(config, teacher, copies=copies):
         raise ConfigError(
             f"search.num_candidates={config.search.num_candidates} compares candidates with the whole teacher in "
@@ -164,7 +161,7 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     Under torchrun every rank calls it.
     """
     device = device_of(config.cluster.device)
-    with kept_memory(), device_mesh(shared_by(config, launched().size), device) as (ranks, mesh):
+    with kept_memory(), device_mesh(shared_by(config.cluster.shard_ranks, launched().size), device) as (ranks, mesh):
         dtype = agreed_dtype(config.compute_dtype, ranks, device)
         agreed = replace(config, compute_dtype=ComputeDtype(str(dtype).removeprefix("torch.")))
         _run(agreed, run_dir, ranks, mesh, device, dtype)
