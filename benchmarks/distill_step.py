@@ -19,8 +19,8 @@ carry loss for everybody. The contenders:
 
 Each runs in a process of its own, three at a time, and they take turns of `--row` steps, in a rotating order, so that a
 disturbance meets all of them. The first step of a turn isn't counted: memory that nothing touched for some seconds is
-slow to come back on a virtual machine (a pause of 8 s costs a step of ours a tenth, without a fault of the kernel's),
-and a training never stands still. With it, too, the ratios are in the result. Speeds are medians over the counted
+slow to come back on some virtual machines (`common.lock_memory`, which every contender calls; without it a pause of 8 s
+costs a step of ours a tenth), and a training never stands still. With it, too, the ratios are in the result. Speeds are medians over the counted
 steps, min and max beside them; a ratio is the median over the turns of (their seconds / ours), its range the quartiles.
 Memory is the peak of RssAnon above what the imports left; `above` is what of it is beyond both models' weights and
 AdamW's moments, which everybody needs. The first step's losses must agree to 2 %, or the contenders did not do the same
@@ -46,6 +46,7 @@ from benchmarks.common import (
     ROOT,
     TurnTaker,
     default_cache,
+    lock_memory,
     machine,
     peer_python,
     spread,
@@ -176,6 +177,7 @@ def _worker(name: str, work: Path, warmup: int, steps: int) -> None:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
+    lock_memory()
     recorder = WORKERS[name](work, warmup + steps)
     write_result(work / f"{name}.json", recorder.result(warmup))
 
