@@ -20,12 +20,12 @@ carry loss for everybody. The contenders:
 Each runs in a process of its own, three at a time, and they take turns of `--row` steps, in a rotating order, so that a
 disturbance meets all of them. The first step of a turn isn't counted: memory that nothing touched for some seconds is
 slow to come back on some virtual machines (`common.lock_memory`, which every contender calls; without it a pause of 8 s
-costs a step of ours a tenth), and a training never stands still. With it, too, the ratios are in the result. Speeds are medians over the counted
-steps, min and max beside them; a ratio is the median over the turns of (their seconds / ours), its range the quartiles.
-Memory is the peak of RssAnon above what the imports left; `above` is what of it is beyond both models' weights and
-AdamW's moments, which everybody needs. The first step's losses must agree to 2 %, or the contenders did not do the same
-work and nothing is written. CPU seconds are only for orientation on a machine that others use: `--threads 1` compares
-them without threads that wait for each other.
+costs a step of ours a tenth), and a training never stands still. With it, too, the ratios are in the result. Speeds are
+medians over the counted steps, min and max beside them; a ratio is the median over the turns of (their seconds / ours),
+its range the quartiles. Memory is the peak of RssAnon above what the imports left; `above` is what of it is beyond both
+models' weights and AdamW's moments, which everybody needs. The first step's losses must agree to 2 %, or the contenders
+did not do the same work and nothing is written. CPU seconds are only for orientation on a machine that others use:
+`--threads 1` compares them without threads that wait for each other.
 """
 
 from __future__ import annotations
