@@ -114,12 +114,13 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
         "loss: gradient of the hidden states": tokens * hidden * item,
     }
     reducing = GRADIENT_BYTES if ranks > 1 else 0  # beside the gradients that it ends in
+    cloned = reducing if layout.on_cpu else 0  # gloo has no reduce-scatter: it adds up a copy of the whole
     backward = {
         "gradients: the head's": head * item,
-        "gradients: a layer's, and being reduced": layer * (item + 2 * reducing),
+        "gradients: a layer's, and being reduced": layer * (item + 2 * reducing + cloned),
         "gathered: a layer ahead": item * layer if ranks > 1 else 0,
     }
-    reduced = {"gradients: embedding and head, being reduced": root * (item + reducing)}
+    reduced = {"gradients: embedding and head, being reduced": root * (item + reducing + cloned)}
     return {
         "the teacher's forward": {
             **states,
