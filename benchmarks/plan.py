@@ -131,7 +131,7 @@ def trained(name: str, folder: Path, batch_size: int) -> dict[str, Any] | None:
         most = [int(found) for [found] in ranks.gather([torch.tensor(peak.bytes - baseline)])]
     if not ranks.is_main:
         return None
-    layout = Layout(ranks.size, batch_size, LENGTH, on_cpu=True)
+    layout = Layout(ranks.size, batch_size, LENGTH, on_cpu=True, gloo=True)
     parts = planned(info_of(config_of(teacher_sizes, VOCABULARY)), student_sizes, layout)
     return {"num_parameters": count, "measured_bytes": max(most), "each_rank_bytes": most, "parts": parts}
 

@@ -33,6 +33,7 @@ class Layout:
     recompute: bool = False  # a layer keeps its input alone and is run again in the backward
     compute_bytes: int = 2
     on_cpu: bool = False
+    gloo: bool = False  # the ranks' reductions go through it
     moment_bytes: int = MOMENT_BYTES  # of the optimizer, a parameter
     teacher_runs: bool = True  # else it is cached, or the student's own earlier word
 
@@ -114,7 +115,7 @@ def step_memory(teacher: ModelInfo, student: Shape, layout: Layout) -> dict[str,
         "loss: gradient of the hidden states": tokens * hidden * item,
     }
     reducing = GRADIENT_BYTES if ranks > 1 else 0  # beside the gradients that it ends in
-    cloned = reducing if layout.on_cpu else 0  # gloo has no reduce-scatter: it adds up a copy of the whole
+    cloned = reducing if layout.gloo else 0  # gloo has no reduce-scatter: it adds up a copy of the whole
     backward = {
         "gradients: the head's": head * item,
         "gradients: a layer's, and being reduced": layer * (item + 2 * reducing + cloned),

@@ -161,6 +161,7 @@ def _layout(config: CompressConfig, num_ranks: int, num_gpus: int) -> Layout:
         recompute=config.distill.recompute,
         compute_bytes=_item_bytes(config, num_gpus),
         on_cpu=not num_gpus,
+        gloo=not num_gpus,
         moment_bytes=_moment_bytes(config),
     )
 
