@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compress.artifacts import fingerprint, fingerprint_path
+from compress.artifacts import content_files, fingerprint, fingerprint_path
 from compress.config import conf_dir
 from compress.errors import ConfigError
 from compress.inputs import teacher_of
@@ -65,9 +65,7 @@ def _models(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     for key, folder in folders.items():
         if folder:  # alike on every rank: settings come before
             place = Path(folder).expanduser()
-            files = {
-                str(path.relative_to(place)): fingerprint_path(path) for path in place.rglob("*") if path.is_file()
-            }
+            files = {str(path.relative_to(place)): fingerprint_path(path) for path in content_files(place)}
             _compare_files(files, f"{key}={folder}", ranks, "let every node read the same folder")
 
 

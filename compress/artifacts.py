@@ -280,6 +280,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def content_files(folder: Path) -> list[Path]:
+    """In order; not .cache, .git or editors' files, which are no part of a model or a text."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
 def fingerprint_path(path: Path) -> str:
     """A content fingerprint of a file or folder: names, sizes, and up to 64 blocks of 64 KiB spread over each file.
 
@@ -289,11 +295,8 @@ def fingerprint_path(path: Path) -> str:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; check the path, or fetch or make it again")
     digest = hashlib.sha256()
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    for file in files:
+    for file in content_files(path) if path.is_dir() else [path]:
         relative = file.relative_to(path).as_posix() if path.is_dir() else ""
-        if any(part.startswith(".") for part in Path(relative).parts):
-            continue  # .cache, .git, editors' files: not part of the model or the text
         size = file.stat().st_size
         digest.update(f"{relative}\0{size}\0".encode())
         with file.open("rb") as handle:

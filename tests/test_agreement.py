@@ -29,9 +29,12 @@ def check(folder: Path, cache: Path, kind: str) -> None:
         agreement.__file__ = str(package / "agreement.py")
     if kind == "versions" and other:
         agreement.versions = lambda: {**versions(), "torch": "2.0"}
-    if kind == "files":  # each node has a copy of its own, of which one was not brought up to date
+    if kind in ("files", "copies"):  # each node has a copy of its own
         student = Path(shutil.copytree(cache / "tiny" / "teacher", folder / f"student-{ranks.rank}"))
         if other:
+            (student / ".cache").mkdir()
+            (student / ".cache" / "download.lock").write_text("")
+        if other and kind == "files":  # of which one was not brought up to date
             (student / "config.json").write_text("{}")
             (student / "notes.txt").write_text("")
         (folder / f"home-{ranks.rank}").mkdir()
@@ -58,6 +61,7 @@ def check(folder: Path, cache: Path, kind: str) -> None:
         pytest.param(
             "files", "has another distill.init_from=~/student than rank 0 (config.json", marks=pytest.mark.slow
         ),
+        pytest.param("copies", "agreed", marks=pytest.mark.slow),
         ("folder", "is not the same folder for rank 1 of 2"),
     ],
 )
