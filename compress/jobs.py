@@ -20,10 +20,8 @@ from compress.config import load_config
 from compress.errors import CompressError, ConfigError
 from compress.families import add_families
 from compress.manifests import expectations, is_done
-from compress.parallel import check_layout, shared_by
 from compress.settings import CompressConfig, JobConfig, Stage, TeacherMode
-from compress.stages import ON_RANKS, chosen_stages, run_dir_of
-from compress.training_rules import check_ranks
+from compress.stages import ON_RANKS, check_share, chosen_stages, run_dir_of
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,7 @@ def jobs_of(config: CompressConfig) -> list[Job]:
                 f"cluster.jobs.{stage} asks for {nodes} nodes of {ranks} ranks, and the stage is one process in this "
                 "version; leave both out"
             )
-        if stage in (Stage.search, Stage.distill):
-            world = nodes * ranks
-            share = config.cluster.shard_ranks
-            check_layout(shared_by(share, world) if stage is Stage.search else share, world)
-            check_ranks(config, world, stage)
+        check_share(config, stage, nodes * ranks)
         time = asked.time or config.cluster.time
         found.append(Job(stage, nodes, ranks, time, asked.cpus, asked.memory, asked.submissions))
     return found

@@ -47,15 +47,14 @@ from compress.manifests import books, check_upstream, expectations, is_done, rea
 from compress.models import check_same_tokenizer, check_usable, check_vocabulary
 from compress.objectives.table import OBJECTIVES, needs_hidden_states
 from compress.objectives.terms import Term
-from compress.parallel import check_compiler, check_layout, joined, launched, refuse_several_ranks, shared_by
+from compress.parallel import check_compiler, joined, launched, refuse_several_ranks
 from compress.progress import about
 from compress.rules import check, correction_config, round_config, sibling_config
 from compress.settings import BUDGET, CompressConfig, Stage, TeacherMode
 from compress.signals import check_student
-from compress.stages import ON_RANKS, STAGES, chosen_stages, left_out, run_dir_of
+from compress.stages import ON_RANKS, STAGES, check_share, chosen_stages, left_out, run_dir_of
 from compress.training import check_training_data
 from compress.training_log import progress_line
-from compress.training_rules import check_ranks
 from compress.watchdog import watching
 
 log = logging.getLogger(__name__)
@@ -75,12 +74,9 @@ def run(config: CompressConfig) -> None:
         _run_siblings(config)
         return
     run_dir = run_dir_of(config)
-    world = launched().size
     for stage in (Stage.search, Stage.distill):
         if config.stage in (Stage.all, stage) and stage in chosen_stages(config):
-            share = config.cluster.shard_ranks
-            check_layout(shared_by(share, world) if stage is Stage.search else share, world)
-            check_ranks(config, world, stage)
+            check_share(config, stage, launched().size)
     if config.teacher.mode is TeacherMode.auto:
         config = _with_teacher_mode(config, run_dir)
     if config.stage is Stage.status:

@@ -20,7 +20,9 @@ from compress import (
 )
 from compress.errors import ConfigError
 from compress.inputs import export_folder
+from compress.parallel import check_layout, shared_by
 from compress.settings import CompressConfig, PruneConfig, Stage, TeacherMode
+from compress.training_rules import check_ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,15 @@ STAGES: dict[Stage, StageEntry] = {
 
 
 ON_RANKS = (Stage.score, Stage.search, Stage.distill, Stage.evaluate)  # the others are one process
+
+
+def check_share(config: CompressConfig, stage: Stage, world: int) -> None:
+    """Raise ConfigError where `world` ranks can't train together as the stage would have them: distill and search."""
+    if stage not in (Stage.search, Stage.distill):
+        return
+    asked = config.cluster.shard_ranks
+    check_layout(shared_by(asked, world) if stage is Stage.search else asked, world)
+    check_ranks(config, world, stage)
 
 
 def chosen_stages(config: CompressConfig) -> list[Stage]:
