@@ -78,7 +78,7 @@ def save(
     """
     final = folder / f"step_{step:08d}"
     if ranks.is_main:
-        check_lease(folder.parent)
+        check_lease(folder.parent)  # before the writing; what puts it into its place asks again
     with building_folder(final) if ranks.is_main else contextlib.nullcontext():
         number = torch.tensor([writer_number()])
         if ranks.size > 1:  # from now on the folder is there
@@ -95,7 +95,6 @@ def save(
             raise next(iter(error.failures.values()))[0] from error
         if ranks.is_main:
             write_json(temporary / MARKER, {"step": step, "facts": facts, "digest": _digest(temporary)})
-            check_lease(folder.parent)
     if ranks.is_main:
         _remove_old(folder, step, keep, figures or {})
     if ranks.size > 1:  # nobody goes on, or ends, before it is committed
