@@ -176,11 +176,13 @@ def _run(
     folder = run_dir / "search"
     judge = _judge(config, run_dir)
     _check_order(config, run_dir)
-    if ranks.is_main:
+    if ranks.is_main:  # measures speeds, where they are asked for; the others read them
         _drop_work_of_other_settings(config, folder)
-        entries_of(config, info, importance, folder)  # measures speeds, where they are asked for
+        chosen = entries_of(config, info, importance, folder)
     ranks.wait()
-    entries = {entry.name: entry for entry in entries_of(config, info, importance, folder)}
+    if not ranks.is_main:
+        chosen = entries_of(config, info, importance, folder)
+    entries = {entry.name: entry for entry in chosen}
     model, fill = streamed_model(teacher_of(config), dtype, trust, device)
     set_attention(model, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
     shard_frozen(model, mesh, fill)
