@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -49,17 +48,18 @@ def torchrun(size: int, folder: Path, *arguments: str) -> subprocess.CompletedPr
     )  # fmt: skip
 
 
-def torchrun_until(done: Callable[[], bool], size: int, folder: Path, *arguments: str) -> None:
-    """`torchrun`, whose last rank is killed as soon as it is `done`; returns when all have ended."""
-    silent = subprocess.DEVNULL
-    process = subprocess.Popen(_launched(size, arguments), cwd=folder, env=environment(), stdout=silent, stderr=silent)
-    deadline = time.monotonic() + 150
+def torchrun_until(done: Callable[[], Any], size: int, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """`torchrun`, under way and `done` with something; what it says goes into the log, in whose folder it works."""
+    with log.open("wb") as file:
+        started = subprocess.Popen(
+            _launched(size, arguments), cwd=log.parent, env=environment(), stdout=file, stderr=file
+        )
+    until = time.monotonic() + 150
     while not done():
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        assert started.poll() is None, log.read_text()[-3000:]
         time.sleep(0.01)
-    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(60) != 0
+    return started
 
 
 def ranks_of(launcher: int) -> list[int]:

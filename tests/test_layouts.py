@@ -12,14 +12,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAST, environment
-from distributed import ranks_of, torchrun
+from conftest import FAST
+from distributed import ranks_of, torchrun, torchrun_until
 from families import make_model, save_model
 from safetensors.torch import load_file
 
@@ -255,18 +253,8 @@ def start_and_wait_for_a_step(
     run_dir: Path, cache: Path, log: Path, *settings: str
 ) -> tuple[subprocess.Popen[bytes], Path]:
     """A training on two ranks that has committed a step, and its log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
-    with log.open("wb") as file:
-        started = subprocess.Popen(
-            [*command, *settings_of(run_dir, cache, *settings)],
-            cwd=log.parent, env=environment(), stdout=file, stderr=file,
-        )  # fmt: skip
-    until = time.monotonic() + 150
-    while not checkpoint.steps(run_dir / "distill" / "checkpoints"):
-        assert time.monotonic() < until, log.read_text()[-3000:]
-        assert started.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.02)
-    return started, log
+    folder = run_dir / "distill" / "checkpoints"
+    return torchrun_until(lambda: checkpoint.steps(folder), 2, log, *settings_of(run_dir, cache, *settings)), log
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAST, Run
-from distributed import torchrun, torchrun_until
+from distributed import ranks_of, torchrun, torchrun_until
 from safetensors.torch import load_file
 
 from compress import search
@@ -160,7 +161,10 @@ def test_ranks_search_as_one_process(searched: Path, searched_source: Path, cach
     settings = (*FAST, f"run_dir={searched}", f"cache_dir={cache}", *SEARCH, "search.continue_winner=true",
                 "distill.micro_batch_size=2", "cluster.shard_ranks=2", "stage=search")  # fmt: skip
     figures = searched / "search" / "figures"
-    torchrun_until(lambda: len(list(figures.glob("*-1024-tokens.json"))) > 1, 4, searched.parent, *settings)
+    log = searched.parent / "log"
+    started = torchrun_until(lambda: len(list(figures.glob("*-1024-tokens.json"))) > 1, 4, log, *settings)
+    os.kill(ranks_of(started.pid)[-1], signal.SIGKILL)
+    assert started.wait(60) != 0
     assert not (searched / "search" / "report.json").exists()
     done = torchrun(4, searched.parent, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
