@@ -17,15 +17,106 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM
+
 from benchmarks.common import RESULTS, machine, spread, write_result
 from benchmarks.plan import config_of
+from compress.checkpoint import Writer
+from compress.objectives.terms import Term
+from compress.parallel import resolve_dtype, shard, single_process_mesh
+from compress.settings import DistillConfig
+from compress.step import StudentModule, accumulate_gradients
+from compress.teacher import Teacher
+from compress.tokens import TokenBatch
+from compress.training import optimizer_of, training_state
 
 TEACHER, STUDENT, VOCABULARY = (576, 1536, 30, 9, 3), (576, 1024, 26, 9, 3), 49152
 BATCH, LENGTH = 2, 512
 MODES = ("none", "synchronous", "asynchronous")
+
+
+class Training:
+    """The student under the distill stage's code, a process alone."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        dtype = resolve_dtype("auto")
+        self.teacher = Teacher(AutoModelForCausalLM.from_config(config_of(TEACHER, VOCABULARY), dtype=dtype))
+        model = AutoModelForCausalLM.from_config(config_of(STUDENT, VOCABULARY), dtype=torch.float32)
+        self.module = StudentModule(model).train()
+        shard(self.module, model.model.layers, mesh, dtype)
+        self.optimizer = optimizer_of(self.module, DistillConfig(learning_rate=1e-4))
+
+    def state(self) -> dict[str, Tensor]:
+        return training_state(self.module, self.optimizer)
+
+    def step(self, writer: Writer | None = None) -> float:
+        """Seconds that it stood still for the writer's copy."""
+        every_BT = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+        loss_mask_BT = every_BT.clone()
+        loss_mask_BT[:, -1] = False
+        ids_BT, positions_BT = torch.randint(VOCABULARY, (BATCH, LENGTH)), torch.arange(LENGTH).expand(BATCH, -1)
+        batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, every_BT)
+        accumulate_gradients(self.module, self.teacher, [batch], [Term("forward_kl")])
+        began = time.perf_counter()
+        if writer is not None:
+            writer.wait_for_copy()
+        held = time.perf_counter() - began
+        self.optimizer.step(1.0, 1.0)
+        return held
+
+
+def copy_seconds(state: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> float:
+    """Of the second of two copies, which is warm."""
+    for _ in range(2):
+        began = time.perf_counter()
+        for key, tensor in state.items():
+            into[key].copy_(tensor)
+    return time.perf_counter() - began
+
+
+def turn_seconds(training: Training, writer: Writer | None, number: int, steps: int) -> tuple[float, float]:
+    """(of a save, the steps and the commit; of which training stood still)."""
+    began = time.perf_counter()
+    if writer is not None:
+        writer.save(number, training.state(), {})
+    held = time.perf_counter() - began
+    for _ in range(steps):
+        held += training.step(writer)
+    if writer is not None:
+        writer.wait()
+    return time.perf_counter() - began, held
+
+
+def measured(turns: int, steps: int) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    copying: list[float] = []
+    blocked: list[float] = []
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, single_process_mesh() as mesh:
+        training, number = Training(mesh), 0
+        training.step()
+        writers = {mode: Writer(Path(name) / mode, 1, mode == "asynchronous") for mode in MODES[1:]}
+        copy = {key: tensor.detach().clone() for key, tensor in training.state().items()}
+        for turn in range(turns + 1):  # the first takes memory, and isn't counted
+            for mode in random.Random(turn).sample(MODES, len(MODES)):
+                copied = copy_seconds(training.state(), copy)
+                number += 1
+                took, held = turn_seconds(training, writers.get(mode), number, steps)
+                print(f"turn {turn} {mode}: {took:.2f} s, save {held:.2f} s, a copy {copied:.2f} s", flush=True)
+                shutil.rmtree(Path(name) / mode, ignore_errors=True)
+                if turn:
+                    seconds[mode].append(took)
+                    copying.append(copied)
+                    if mode == "asynchronous":
+                        blocked.append(held)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in copy.values())
+    return {"state_bytes": size, **figures(seconds, copying, blocked)}
 
 
 def main() -> None:
@@ -35,83 +126,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of training; a GPU's leave the processor free")
     parser.add_argument("--output", type=Path, default=RESULTS / "checkpoint.json")
     options = parser.parse_args()
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from compress.checkpoint import Writer
-    from compress.objectives.terms import Term
-    from compress.parallel import resolve_dtype, shard, single_process_mesh
-    from compress.settings import DistillConfig
-    from compress.step import StudentModule, accumulate_gradients
-    from compress.teacher import Teacher
-    from compress.tokens import TokenBatch
-    from compress.training import optimizer_of, training_state
-
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dtype = resolve_dtype("auto")
-    every_BT = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-    loss_mask_BT = every_BT.clone()
-    loss_mask_BT[:, -1] = False
-    positions_BT = torch.arange(LENGTH).expand(BATCH, -1)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, single_process_mesh() as mesh:
-        teacher = Teacher(AutoModelForCausalLM.from_config(config_of(TEACHER, VOCABULARY), dtype=dtype))
-        model = AutoModelForCausalLM.from_config(config_of(STUDENT, VOCABULARY), dtype=torch.float32)
-        module = StudentModule(model).train()
-        shard(module, model.model.layers, mesh, dtype)
-        optimizer = optimizer_of(module, DistillConfig(learning_rate=1e-4))
-
-        def step(writer: Writer | None = None) -> float:
-            """Seconds that it stood still for the writer's copy."""
-            ids_BT = torch.randint(VOCABULARY, (BATCH, LENGTH))
-            batch = TokenBatch(ids_BT, positions_BT, loss_mask_BT, every_BT)
-            accumulate_gradients(module, teacher, [batch], [Term("forward_kl")])
-            began = time.perf_counter()
-            if writer is not None:
-                writer.wait_for_copy()
-            held = time.perf_counter() - began
-            optimizer.step(1.0, 1.0)
-            return held
-
-        def state() -> dict[str, torch.Tensor]:
-            return training_state(module, optimizer, None, None, None)
-
-        step()
-        writers = {mode: Writer(Path(name) / mode, 1, mode == "asynchronous") for mode in MODES[1:]}
-        number = 0
-        seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-        blocked: list[float] = []
-        copying: list[float] = []
-        warm = {key: tensor.detach().clone() for key, tensor in state().items()}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in warm.values())
-        for turn in range(options.turns + 1):  # the first takes memory, and isn't counted
-            for mode in random.Random(turn).sample(MODES, len(MODES)):
-                now = state()
-                for _ in range(2):  # the second is warm
-                    began = time.perf_counter()
-                    for key, tensor in now.items():
-                        warm[key].copy_(tensor)
-                    copied = time.perf_counter() - began
-                number += 1
-                began = time.perf_counter()
-                if mode in writers:
-                    writers[mode].save(number, state(), {})
-                held = time.perf_counter() - began
-                for _ in range(options.steps):
-                    held += step(writers.get(mode))
-                if mode in writers:
-                    writers[mode].wait()
-                took = time.perf_counter() - began
-                if turn:
-                    seconds[mode].append(took)
-                    copying.append(copied)
-                    if mode == "asynchronous":
-                        blocked.append(held)
-                print(f"turn {turn} {mode}: {took:.2f} s, save {held:.2f} s, a copy {copied:.2f} s", flush=True)
-                shutil.rmtree(Path(name) / mode, ignore_errors=True)
-    row = {"state_bytes": size, "threads": options.threads, "steps": options.steps, "turns": options.turns}
-    row |= figures(seconds, copying, blocked)
+    row = measured(options.turns, options.steps)
+    row |= {"threads": options.threads, "steps": options.steps, "turns": options.turns}
     write_result(options.output, {"machine": machine(), "checkpoint": row})
     print(
         f"blocked {row['blocked_over_copy']:.2f}x a copy; slows down {row['slow_down_over_synchronous']:.2f}x as much "
