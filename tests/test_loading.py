@@ -6,7 +6,7 @@ Real gloo ranks. What is measured is RssAnon: a checkpoint's mapped files are th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,43 +134,54 @@ def test_a_teacher_that_answers_a_whole_window_is_gathered_once(tmp_path: Path) 
     on_ranks(2, _asked, save_model(tmp_path / "m", make_model(dtype=torch.float32)))
 
 
-def _measured(folder: Path, into: Path) -> None:
-    def student(mesh: DeviceMesh) -> PreTrainedModel:
-        model, fill = streamed_model(folder, torch.float32)
-        shard(StudentModule(model), decoder_layers(model), mesh, torch.bfloat16, fill)
-        return model
+def _student(folder: Path, mesh: DeviceMesh) -> PreTrainedModel:
+    model, fill = streamed_model(folder, torch.float32)
+    shard(StudentModule(model), decoder_layers(model), mesh, torch.bfloat16, fill)
+    return model
 
-    def teacher(mesh: DeviceMesh) -> PreTrainedModel:
-        model, fill = streamed_model(folder, torch.bfloat16)
-        shard_frozen(model, mesh, fill)
-        return model
 
+def _teacher(folder: Path, mesh: DeviceMesh) -> PreTrainedModel:
+    model, fill = streamed_model(folder, torch.bfloat16)
+    shard_frozen(model, mesh, fill)
+    return model
+
+
+def _measured(load: Callable[[Path, DeviceMesh], PreTrainedModel], small: Path, folder: Path, into: Path) -> None:
     with device_mesh(None) as (ranks, mesh):
-        for load in (student, teacher):
-            before = anonymous_bytes()
-            with PeakMemory(0.002) as peak:
-                model = load(mesh)
-            size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-            (into / f"{load.__name__}-{ranks.rank}").write_text(str((peak.bytes - before) / size))
-            del model
+        load(small, mesh)  # what a process takes once, whatever it loads: modules, the threads' stacks
+        before = anonymous_bytes()
+        with PeakMemory(0.002) as peak:
+            model = load(folder, mesh)
+        size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        (into / f"{load.__name__}-{ranks.rank}").write_text(str((peak.bytes - before) / size))
 
 
 @pytest.mark.slow
-def test_no_rank_ever_holds_the_model(tmp_path: Path) -> None:
+def test_no_rank_ever_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At two ranks each takes its half and a unit beside it: a layer, or what is outside of the layers. The checkpoint
     is in neither dtype, since mapped files aren't counted: loading the whole takes all of the model, and then the half.
     """
+    # A C library that keeps what is freed, as it does with tensors of this size once it has seen some, but not with
+    # those of large models, adds what it likes.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")
     config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
                          num_key_value_heads=4, vocab_size=8000)  # fmt: skip
     model = LlamaForCausalLM(config).half()
-    assert sum(parameter.numel() for parameter in model.parameters()) > 70e6
+    size = sum(parameter.numel() for parameter in model.parameters())
+    unit = max(
+        sum(parameter.numel() for parameter in model.model.layers[0].parameters()),
+        model.lm_head.weight.numel() + model.model.embed_tokens.weight.numel(),
+    )
+    assert size > 70e6
     model.save_pretrained(tmp_path / "m", max_shard_size="40MB")
     del model
-    on_ranks(2, _measured, tmp_path / "m", tmp_path)
+    small = save_model(tmp_path / "small", make_model(dtype=torch.float16))
+    for load in (_student, _teacher):
+        on_ranks(2, _measured, load, small, tmp_path / "m", tmp_path)
     shares = {file.name: float(file.read_text()) for file in tmp_path.glob("*-?")}
     assert len(shares) == 4
-    assert max(shares.values()) < 0.75, shares
-    assert min(shares.values()) > 0.45, shares
+    assert max(shares.values()) < 0.5 + 1.25 * unit / size, shares  # 0.64; measured 0.597 to 0.622
+    assert min(shares.values()) > 0.5, shares
 
 
 def test_a_folder_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
