@@ -21,14 +21,16 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.artifacts import fingerprint, write_json
+from compress.devices import device_of, set_attention
 from compress.errors import NumericalError
-from compress.inputs import cache_form, cached_from, learned_from, open_cache
-from compress.models import load_model, output_head
+from compress.inputs import cache_form, cached_from, check_device, learned_from, open_cache
+from compress.models import output_head
 from compress.parallel import resolve_dtype
 from compress.progress import track
 from compress.settings import CompressConfig
 from compress.signals import Form, Said, keys_of, pack, say, shard_facts, write_index, write_shard
 from compress.step import trunk
+from compress.streaming import load_on
 from compress.tokens import INDEX, Ints, TokenBatch, TokenSet, shard_name
 from compress.training import check_training_data, drawn_sequences
 
@@ -37,8 +39,10 @@ REPORT = "report.json"
 
 
 def preflight(config: CompressConfig) -> None:
-    """Raise ConfigError before any long work when the teacher has no k tokens to keep. Reads no weights."""
+    """Raise ConfigError before any long work when the teacher has no k tokens to keep, or the device isn't here or
+    can't do with such sequences. Reads no weights."""
     cache_form(config)
+    check_device(config, "cache")
 
 
 def check(config: CompressConfig, run_dir: Path) -> None:
@@ -56,7 +60,8 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     check_training_data(config, run_dir)
     data = TokenSet.open(run_dir / "tokens" / "train")
     folder, made_from = run_dir / "cache", cached_from(config, run_dir)
-    dtype = resolve_dtype(config.compute_dtype)
+    device = device_of(config.cluster.device)
+    dtype = resolve_dtype(config.compute_dtype, device)
     facts = {**asdict(form), **made_from, "seed": config.seed, "compute_dtype": str(dtype)}
     (folder / INDEX).unlink(missing_ok=True)  # until the shards that it will name are whole
     drawn = drawn_sequences(config, run_dir)
@@ -66,7 +71,10 @@ def run(config: CompressConfig, run_dir: Path) -> None:
     todo = [n for n, name in enumerate(names) if (shard_facts(folder / name) or {}).get("made_by") != made_by[n]]
     if len(todo) < len(parts):
         log.info("cache: going on after %d of %d shards", len(parts) - len(todo), len(parts))
-    model = load_model(learned_from(config, run_dir), dtype, config.teacher.trust_remote_code).eval() if todo else None
+    model = None
+    if todo:
+        model = load_on(device, learned_from(config, run_dir), dtype, config.teacher.trust_remote_code)
+        set_attention(model, device, dtype, config, "cache")
     size = config.cache.micro_batch_size
     work = [(n, parts[n][begin : begin + size]) for n in todo for begin in range(0, len(parts[n]), size)]
     steps = track(work, "cache", unit="tok", amount=lambda item: len(item[1]) * data.sequence_length)
@@ -87,7 +95,7 @@ def _asked(
     """Key and signals of each sequence, a micro-batch of the trunk at a time."""
     head = output_head(model)
     for indices in work:
-        batch = data.batch(indices)
+        batch = data.batch(indices).to(model.device)
         hidden_BTE = trunk(model, batch)
         for row, key in enumerate(keys_of(batch)):
             said = say(hidden_BTE[row][batch.loss_mask[row]], head, form, seed, key)

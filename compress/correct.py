@@ -17,6 +17,7 @@ import torch
 
 from compress import checkpoint
 from compress.artifacts import link, read_json, write_json
+from compress.devices import device_of, set_attention
 from compress.inputs import teacher_of
 from compress.metrics import language_modelling
 from compress.models import cast_weights, load_model
@@ -24,6 +25,7 @@ from compress.parallel import resolve_dtype
 from compress.phases import num_tokens
 from compress.rules import correction_config
 from compress.settings import CompressConfig
+from compress.streaming import load_on
 from compress.training import load_trained
 from compress.validation import validation_batches
 
@@ -71,12 +73,18 @@ def _gains(config: CompressConfig, folder: Path, run_dir: Path) -> dict[str, Any
     """What the newest checkpoint has gained: losses of each validation set, and the mean share that they fell by."""
     found = checkpoint.newest(folder / "distill" / "checkpoints")
     assert found is not None, "training ends with a checkpoint"
-    trust, dtype = config.teacher.trust_remote_code, resolve_dtype(config.compute_dtype)
+    trust, device = config.teacher.trust_remote_code, device_of(config.cluster.device)
+    dtype = resolve_dtype(config.compute_dtype, device)
     model = load_model(teacher_of(config), torch.float32, trust)
     load_trained(found[0], model)
     cast_weights(model, dtype)
-    models = {"teacher": load_model(teacher_of(config), dtype, trust).eval(), "corrected": model.eval()}
-    sets = {name: language_modelling(models, batches) for name, batches in validation_batches(config, run_dir).items()}
+    models = {"teacher": load_on(device, teacher_of(config), dtype, trust), "corrected": model.eval().to(device)}
+    for one in models.values():
+        set_attention(one, device, dtype, config)
+    sets = {
+        name: language_modelling(models, [batch.to(device) for batch in batches])
+        for name, batches in validation_batches(config, run_dir).items()
+    }
     losses = {name: {model: figures[model]["loss"] for model in models} for name, figures in sets.items()}
     gains = [1 - loss["corrected"] / loss["teacher"] for loss in losses.values()]
     return {

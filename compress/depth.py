@@ -291,7 +291,7 @@ def rank_layers_by_task(
     def prepare() -> tuple[Trials, Measure]:
         picked = [batch.loss_mask.flatten().nonzero().squeeze(1) for batch in batches]
         rows = [places // batch.input_ids.shape[1] for batch, places in zip(batches, picked, strict=True)]
-        choice_N = torch.cat([c[row] for c, row in zip(choice_of_row, rows, strict=True)])
+        choice_N = torch.cat([c[row.cpu()] for c, row in zip(choice_of_row, rows, strict=True)])
         trials = Trials(model, batches, picked)
         return trials, TaskMeasure(labels_at(batches, picked), choice_N, item_of_choice, right, output_head(model))
 

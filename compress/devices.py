@@ -1,7 +1,7 @@
 """Which device a rank trains on, and what that asks of attention.
 
-What computes on a GPU is here and in some lines of `distill` and `search`: no GPU has run it. The choices are made by
-functions of plain values, which the tests cover on a CPU.
+No GPU has run any of it. The choices are made by functions of plain values, which the tests cover on a CPU; that what
+computes is where it should be is tried with a pretended device (tests/test_pretended_device.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.utils import (
 
 from compress.errors import ConfigError
 from compress.families import family_of_config
-from compress.settings import Device
+from compress.settings import CompressConfig, Device
 
 CPU = torch.device("cpu")
 DENSE_TOKENS = 4096  # of a sequence whose attention mask is a matrix: 16 M entries for each sequence
@@ -61,6 +61,12 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of the device is done, so that it can be timed. Its GPU branch was not run here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def random_states() -> dict[str, Tensor]:
     """Where the random numbers of each kind of device are that this process draws from. A GPU's were not tried here."""
     gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
@@ -76,7 +82,12 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
 
 
 def attention_on(
-    device_type: str, usable: Collection[str], dtype: torch.dtype, micro_batch_size: int, sequence_length: int
+    device_type: str,
+    usable: Collection[str],
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    sequence_length: int,
+    stage: str = "distill",
 ) -> str | None:
     """Which of transformers' kinds of attention packed sequences are to have; None for transformers' own choice.
 
@@ -85,6 +96,7 @@ def attention_on(
 
     Args:
         usable: what is installed, and what the model's code can do with packed sequences (`usable_attention`).
+        stage: whose micro-batches they are.
 
     Raises:
         ConfigError: for a sequence too long to have a matrix on a GPU.
@@ -98,7 +110,7 @@ def attention_on(
         return "flex_attention"
     if sequence_length > DENSE_TOKENS:
         flash = [kind for kind in _FLASH if kind in usable]
-        remedy = f"distill.micro_batch_size=1 and compute_dtype=bfloat16, for {flash[0]}" if flash else (
+        remedy = f"{stage}.micro_batch_size=1 and compute_dtype=bfloat16, for {flash[0]}" if flash else (
             "a model and a torch that FlexAttention works with (attention_dropout must be 0)"
         )  # fmt: skip
         raise ConfigError(
@@ -132,9 +144,11 @@ def usable_attention(model: PreTrainedModel) -> set[str]:
 
 
 def set_attention(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, micro_batch_size: int, sequence_length: int
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, config: CompressConfig, stage: str = "distill"
 ) -> None:
-    """Give a model, in place, the attention that its packed sequences need on the device. Raises ConfigError."""
-    kind = attention_on(device.type, usable_attention(model), dtype, micro_batch_size, sequence_length)
+    """Give a model, in place, the attention that the packed sequences of a stage's micro-batches need on the device.
+    Raises ConfigError."""
+    size = getattr(config, stage).micro_batch_size
+    kind = attention_on(device.type, usable_attention(model), dtype, size, config.data.sequence_length, stage)
     if kind is not None:
         model.set_attn_implementation(kind)

@@ -25,9 +25,9 @@ from compress.devices import device_of, random_states, set_attention, set_random
 from compress.errors import Interrupted, NumericalError
 from compress.estimate import flops_per_second, flops_per_token
 from compress.folders import read_model
-from compress.inputs import kept_channels, learned_from, open_cache, start_of, teacher_of
+from compress.inputs import check_device, kept_channels, learned_from, open_cache, start_of
 from compress.lease import check_lease
-from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, empty_model, logits_of
+from compress.models import check_same_tokenizer, check_vocabulary, decoder_layers, logits_of
 from compress.moving_average import MovingAverage
 from compress.objectives.chunked import DenseSignal
 from compress.optimizer import LocalOptimizer
@@ -37,7 +37,6 @@ from compress.parallel import (
     compile_layers,
     device_mesh,
     recompute_layers,
-    resolve_dtype,
     shard,
     shard_frozen,
 )
@@ -82,11 +81,7 @@ log = logging.getLogger(__name__)
 
 def preflight(config: CompressConfig) -> None:
     """Raise ConfigError for a device that isn't here, or whose attention can't do with sequences as long as these."""
-    device = device_of(config.cluster.device)
-    if device.type != "cpu":
-        teacher = empty_model(teacher_of(config), torch.float32, config.teacher.trust_remote_code)
-        dtype = resolve_dtype(config.compute_dtype, device)
-        set_attention(teacher, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
+    check_device(config, "distill")
 
 
 def run(config: CompressConfig, run_dir: Path) -> None:
@@ -172,7 +167,7 @@ def _prepare(
     dtype = agreed_dtype(config.compute_dtype, ranks, device)
     torch.manual_seed(config.seed + ranks.rank)  # what dropout draws
     model, fill = streamed_model(student_path, torch.float32, trust, device)
-    set_attention(model, device, dtype, settings.micro_batch_size, config.data.sequence_length)
+    set_attention(model, device, dtype, config)
     teacher = _teacher(config, run_dir, dtype, model, shared, mesh, device)
     judge: Teacher | RememberedTeacher | None = teacher if isinstance(teacher, Teacher) else None
     if sets and judge is None:  # asked now, and its layers let go
@@ -200,7 +195,7 @@ def _prepare(
     metrics = run_dir / "distill" / "metrics.jsonl"
     if ranks.is_main:
         training_log.keep_up_to(metrics, progress.step)
-    work = _work(config, teacher_path, student_path, dtype)
+    work = _work(config, teacher_path, student_path, dtype, device)
     parts = _Parts(
         config, ranks, device, student, teacher, optimizer, average, balance, data, sets, judge, work, metrics
     )
@@ -234,7 +229,7 @@ def _frozen(
 ) -> PreTrainedModel:
     """A teacher, of which each rank holds its part."""
     model, fill = streamed_model(folder, dtype, config.teacher.trust_remote_code, device)
-    set_attention(model, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
+    set_attention(model, device, dtype, config)
     if compiled:
         compile_layers(model)
     shard_frozen(model, mesh, fill)
@@ -270,11 +265,13 @@ class _Parts:
         return self.teacher if isinstance(self.teacher, PreviousSelf) else None
 
 
-def _work(config: CompressConfig, teacher: Path, student: Path, dtype: torch.dtype) -> Callable[[int], float]:
+def _work(
+    config: CompressConfig, teacher: Path, student: Path, dtype: torch.dtype, device: torch.device
+) -> Callable[[int], float]:
     """The seconds that a token of a sequence of some length would take at cluster.peak_flops, or at the speed of a
     plain product here."""
     trust, recompute = config.teacher.trust_remote_code, config.distill.recompute
-    peak = config.cluster.peak_flops or flops_per_second(dtype)
+    peak = config.cluster.peak_flops or flops_per_second(dtype, device)
     info, shape = read_model(teacher, trust), read_model(student, trust).shape
     asked = asks_teacher(config)
     return lambda length: flops_per_token(info, shape, length, recompute, asked) / peak

@@ -17,6 +17,7 @@ from compress.architecture import (
     with_sizes,
 )
 from compress.depth import removal_reach
+from compress.devices import CPU, device_of, wait_for
 from compress.embedded import resolve
 from compress.families import Shape
 from compress.folders import read_model
@@ -28,6 +29,7 @@ from compress.sources import local_files
 from compress.targets import given_sizes
 from compress.training import asks_teacher
 
+_ON_DEVICES = {Stage.score, Stage.search, Stage.correct, Stage.cache, Stage.distill, Stage.evaluate}
 # Shares of one product's speed that whole passes reached on SmolLM2-135M, 2 cores: a forward and a training step.
 FORWARD_EFFICIENCY, STEP_EFFICIENCY = 0.35, 0.22
 TEXT_BYTES_PER_SECOND = 0.6e6
@@ -35,16 +37,19 @@ LAZY_SHARE = 0.3  # of the layers that are left, those that lazy greedy removal 
 OVERHEAD_SECONDS = 6.0  # imports, loading, saving
 
 
-def flops_per_second(dtype: torch.dtype) -> float:
-    """Of one product as large as a small model's, measured now."""
+def flops_per_second(dtype: torch.dtype, device: torch.device = CPU) -> float:
+    """Of one product as large as a small model's, or as keeps a GPU busy, which was not run here; measured now."""
     own = torch.Generator()  # a training's random numbers are its own
-    left_MK, right_KN = (torch.randn(*size, generator=own).to(dtype) for size in ((1024, 576), (576, 1536)))
+    m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (1024, 576, 1536)
+    left_MK, right_KN = (torch.randn(*size, generator=own).to(device, dtype) for size in ((m, k), (k, n)))
     times = []
     for _ in range(6):
+        wait_for(device)
         start = time.perf_counter()
         left_MK @ right_KN
+        wait_for(device)
         times.append(time.perf_counter() - start)
-    return 2 * 1024 * 576 * 1536 / sorted(times)[2]
+    return 2 * m * k * n / sorted(times)[2]
 
 
 def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage, float]:
@@ -56,7 +61,12 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
     sizes = {"num_hidden_layers": layers - len(config.prune.removed_layers or []), **given_sizes(config)}
     student = num_parameters(info, with_sizes(info.shape, sizes))
     student = min(student, int(config.prune.max_parameters or student), int((config.prune.max_bytes or 1e30) / 2))
-    speed = flops_per_second(resolve_dtype(config.compute_dtype))
+    # A machine that only prepares or prunes may have none of the GPUs that are asked for.
+    device = device_of(config.cluster.device) if set(stages) & _ON_DEVICES else CPU
+    speed = flops_per_second(resolve_dtype(config.compute_dtype, device), device)
+    on_cpu = speed
+    if config.prune.compensate and device.type != "cpu":
+        on_cpu = flops_per_second(resolve_dtype(config.compute_dtype))
     score: float = 2 * teacher * config.score.num_sequences * length
     measured = [criterion for criterion in config.score.depth if criterion.is_measured]
     if measured:
@@ -84,7 +94,10 @@ def estimate_seconds(config: CompressConfig, stages: list[Stage]) -> dict[Stage,
         # The float32 softmax over the vocabulary takes as long again as the products.
         Stage.evaluate: 2 * evaluated * 2 * (teacher + 2 * student) / FORWARD_EFFICIENCY,
     }
-    seconds = {stage: OVERHEAD_SECONDS + flops.get(stage, 0.0) / speed for stage in stages}
+    seconds = {
+        stage: OVERHEAD_SECONDS + flops.get(stage, 0.0) / (on_cpu if stage is Stage.prune else speed)
+        for stage in stages
+    }
     if Stage.tokenize in seconds:
         seconds[Stage.tokenize] += sum(
             Path(file).stat().st_size

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from compress.architecture import num_parameters
 from compress.artifacts import read_json, remedy_for, write_json
+from compress.devices import CPU, device_of, set_attention
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
-from compress.inputs import KEPT, export_folder, student_of, teacher_of
+from compress.folders import read_model
+from compress.inputs import KEPT, MEMORY_SHARE, check_device, export_folder, student_of, teacher_of
 from compress.metrics import generation_speed, language_modelling
-from compress.models import load_model, load_tokenizer
+from compress.models import load_tokenizer
 from compress.multiple_choice import read_items
-from compress.parallel import Ranks, agreed_dtype, joined
+from compress.parallel import Ranks, agreed_dtype, free_bytes, joined
 from compress.progress import track
 from compress.settings import CompressConfig, set_name
+from compress.streaming import load_on
 from compress.tokens import TokenBatch, TokenSet
 
 log = logging.getLogger(__name__)
@@ -48,8 +52,17 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
         "pruned": student_of(config, run_dir),
         "distilled": run_dir / export_folder(config),
     }
-    dtype = agreed_dtype(config.compute_dtype, ranks)
-    models = {name: load_model(folder, dtype, trust).eval() for name, folder in folders.items()}
+    device = device_of(config.cluster.device)
+    dtype = agreed_dtype(config.compute_dtype, ranks, device)
+    infos = [read_model(folder, trust) for folder in folders.values()]
+    together = sum(num_parameters(info, info.shape) for info in infos) * dtype.itemsize
+    if ranks.agree(str(device.type == "cpu" or together <= MEMORY_SHARE * free_bytes(device))) != "True":
+        log.warning("evaluate: the models together are %.1f GB, too much for a GPU here: on CPUs", together / 1e9)
+        device = CPU
+    models = {name: load_on(device, folder, dtype, trust) for name, folder in folders.items()}
+    usual = {name: one.config._attn_implementation for name, one in models.items()}
+    for one in models.values():
+        set_attention(one, device, dtype, config, "evaluate")
     metrics: dict[str, Any] = {
         name: {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -59,7 +72,8 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
         for name, model in models.items()
     }
     for name, batches in sets_of(config, run_dir).items():
-        for model, figures in language_modelling(models, batches, ranks=ranks).items():
+        there = (batch.to(device) for batch in batches)
+        for model, figures in language_modelling(models, there, ranks=ranks).items():
             metrics[model]["sets"][name] = figures
     if not ranks.is_main:
         return
@@ -71,6 +85,8 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     }
     prompt = torch.tensor([load_tokenizer(teacher, trust)("The history of the city begins")["input_ids"]])
     compared = {name: models[name] for name in ("teacher", "distilled")}
+    for name, one in compared.items():  # one token after the other, as others generate
+        one.set_attn_implementation(usual[name])
     speeds = generation_speed(compared, prompt, config.evaluate.generate_tokens)
     for model, speed in speeds.items():
         metrics[model]["tokens_per_second"] = speed
@@ -78,7 +94,7 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
         from compress.lm_eval import multiple_choice
 
         for name in models:
-            metrics[name]["tasks"] = multiple_choice(config, folders[name], dtype)
+            metrics[name]["tasks"] = multiple_choice(config, folders[name], dtype, device)
     write_json(run_dir / folder_name(config) / METRICS, metrics)
 
 
@@ -103,7 +119,9 @@ def _batches(config: CompressConfig, run_dir: Path, name: str) -> Iterator[Token
 
 
 def preflight(config: CompressConfig) -> None:
-    """With lm-eval asked for, raise before any long work when it isn't installed or its data isn't there."""
+    """Raise before any long work for a device that isn't here or can't do with such sequences and, with lm-eval asked
+    for, when it isn't installed or its data isn't there."""
+    check_device(config, "evaluate")
     if not config.evaluate.lm_eval:
         return
     try:

@@ -25,16 +25,17 @@ import torch
 from compress.agreement import code_files
 from compress.architecture import num_parameters
 from compress.artifacts import disk_errors, existing, fingerprint, free_disk_bytes
+from compress.devices import CPU
 from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import read_model
 from compress.inputs import streams, teacher_of, whole_bytes
 from compress.manifests import versions
 from compress.models import check_usable
-from compress.parallel import available_bytes, check_interface
-from compress.plan import CPU_HEADROOM, needs
+from compress.parallel import check_interface, free_bytes
+from compress.plan import CPU_HEADROOM, HEADROOM, needs
 from compress.progress import about
-from compress.settings import CompressConfig, Stage
+from compress.settings import CompressConfig, Device, Stage
 from compress.sources import source_files
 from compress.stages import chosen_stages
 
@@ -110,7 +111,7 @@ def accelerator(devices: int, wanted: int, ranks_here: int, driver: str | None) 
                     "cluster.gpus_per_node=0")  # fmt: skip
     if not devices:
         return Line(Verdict.ok, "no GPU, gloo on CPU")
-    text = f"{devices} GPUs, driver {driver}; search and distill take one for each rank"
+    text = f"{devices} GPUs, driver {driver}; each rank takes one"
     return Line(Verdict.warn if ranks_here > devices else Verdict.ok, f"{text}; {ranks_here} ranks here")
 
 
@@ -220,20 +221,31 @@ def _files(subject: Subject) -> Line:
 
 
 def _memory(subject: Subject) -> Line:
-    config, there = subject.config, available_bytes()
+    on_gpus = torch.cuda.is_available() and subject.config.cluster.device is not Device.cpu
+    return memory(subject, torch.device("cuda") if on_gpus else CPU)
+
+
+def memory(subject: Subject, device: torch.device) -> Line:
+    """What ranks need against what is free: of the node's memory for all that are here, of a GPU's for one. What a GPU
+    says of itself was not asked here."""
+    config, there = subject.config, free_bytes(device)
+    copies, share, who = subject.ranks_here, CPU_HEADROOM, f"{subject.ranks_here} ranks here need"
+    fewer = "fewer ranks on each node, or "
+    if device.type != "cpu":
+        copies, share, who, fewer = 1, HEADROOM, "the GPUs need", ""
     if Stage.distill in subject.stages:
         if subject.needs is None:
             return Line(Verdict.warn, f"{_gb(there)} free; {_UNTOLD}")
-        (moment, each), usable = subject.needs[0], int(there * CPU_HEADROOM)
-        remedy = "more nodes, fewer ranks on each, distill.recompute=true or distill.micro_batch_size=1"
+        (moment, each), usable = subject.needs[0], int(there * share)
+        remedy = f"more nodes, {fewer}distill.recompute=true, or distill.micro_batch_size=1"
     else:
         info = read_model(teacher_of(config), config.teacher.trust_remote_code)
-        if streams(config, info):
+        if streams(config, info, device=device):
             return Line(Verdict.ok, f"{_gb(there)} free; the teacher is taken a layer at a time")
-        (moment, each), usable = ("the teacher", whole_bytes(config, info)), there
-        remedy = "fewer ranks on a node, or score.stream=true"
-    text = f"{subject.ranks_here} ranks here need {_gb(each)} each at {moment}; {_gb(there)} are free"
-    if subject.ranks_here * each > usable:
+        (moment, each), usable = ("the teacher", whole_bytes(config, info, device)), there
+        remedy = f"{fewer}score.stream=true"
+    text = f"{who} {_gb(each)} each at {moment}; {_gb(there)} are free"
+    if copies * each > usable:
         return Line(Verdict.fail, f"{text}, of which {_gb(usable)} can be used; {remedy}")
     return Line(Verdict.ok, text)
 

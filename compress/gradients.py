@@ -152,7 +152,7 @@ class _Gradients:
             def by_sequence(value_MX: Tensor, grad_MX: Tensor) -> Tensor:
                 product_MX = (value_MX.float() * grad_MX.float()) * valid_N[token_M, None]
                 sum_BX = torch.zeros(len(self.valid_BT), product_MX.shape[1])
-                return sum_BX.index_add_(0, sequence_N[token_M], product_MX.cpu())
+                return sum_BX.index_add_(0, sequence_N[token_M.cpu()], product_MX.cpu())
 
             units_MF, whole_MD = inner_MF.detach(), outer_MD.detach()
 

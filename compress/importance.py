@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from compress.architecture import ModelInfo, Taps, shape_of, taps
 from compress.criteria import Criterion, parse_criterion
+from compress.devices import CPU
 from compress.errors import NumericalError
 from compress.families import Family, Shape, family_of_config
 from compress.kernels import compiled
@@ -441,15 +442,18 @@ def stream_importance(
     progress: Progress = lambda steps, total: steps,
     ranks: Ranks = ALONE,
     compile: bool = False,
+    device: torch.device = CPU,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Importance:
     """The scores of `estimate_importance`, bit for bit, with one layer of the model in memory at a time.
 
     Args:
+        prepare: called with each layer's model, on the device, before the batches, which are there, pass through it.
         batches: calibration; kept as token ids.
         spill: a folder for their hidden states; None keeps them in memory.
     """
     parsed = [parse_criterion(text) for text in criteria]
-    stream = LayerStream(info, dtype, trust_remote_code)
+    stream = LayerStream(info, dtype, trust_remote_code, device=device)
     batches = [batch for batch in ranks.mine(batches) if bool(batch.valid_mask.any())]
     aggregations = tuple(dict.fromkeys(criterion.sequence for criterion in parsed))
     reductions = compiled(dtype, aggregations) if compile else BLOCKED
@@ -461,6 +465,7 @@ def stream_importance(
     def visit(model: PreTrainedModel, number: int) -> Callable[[], None]:
         nonlocal first
         first = number == 0
+        prepare(model)
         layer = decoder_layers(model)[0]
         if weighted:
             norms.append(reader_norms(layer, listener.where))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compress.architecture import ModelInfo, num_parameters
 from compress.artifacts import fingerprint_path, open_tensors
+from compress.devices import CPU, device_of, set_attention
 from compress.embedded import resolve
 from compress.errors import ConfigError
 from compress.folders import read_model, teacher_folder, tokenizer_fingerprint, weights_fingerprint
+from compress.models import empty_model
 from compress.multiple_choice import Item, read_items
-from compress.parallel import available_bytes, resolve_dtype
+from compress.parallel import free_bytes, resolve_dtype
 from compress.settings import CacheKind, CompressConfig
 from compress.signals import Form, SignalCache
 from compress.tokens import Ints, TokenSet
@@ -78,21 +81,32 @@ def open_cache(config: CompressConfig, run_dir: Path, drawn: Ints) -> SignalCach
     return cache
 
 
-def streams(config: CompressConfig, info: ModelInfo, beside: int = 0, copies: float | None = None) -> bool:
+def check_device(config: CompressConfig, stage: str) -> None:
+    """Raise ConfigError for a device that isn't here, or whose attention can't do with sequences as long as these."""
+    device = device_of(config.cluster.device)
+    if device.type != "cpu":
+        teacher = empty_model(teacher_of(config), torch.float32, config.teacher.trust_remote_code)
+        set_attention(teacher, device, resolve_dtype(config.compute_dtype, device), config, stage)
+
+
+def streams(
+    config: CompressConfig, info: ModelInfo, beside: int = 0, copies: float | None = None, device: torch.device = CPU
+) -> bool:
     """Whether scoring and pruning take the teacher a layer at a time: as score.stream says, else when they must.
 
-    `beside`: bytes that the work at hand holds beside the weights. `copies` of both on this machine; None: one a rank.
+    `beside`: bytes that the work at hand holds beside the weights. `copies` of both in the device's memory; None: one
+    for each rank of this machine, or on the GPU that each has.
     """
     if config.score.stream is not None:
         return config.score.stream
     if copies is None:
-        copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return copies * (whole_bytes(config, info) + beside) > MEMORY_SHARE * available_bytes()
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return copies * (whole_bytes(config, info, device) + beside) > MEMORY_SHARE * free_bytes(device)
 
 
-def whole_bytes(config: CompressConfig, info: ModelInfo) -> int:
-    """Memory of the teacher's weights in the compute dtype."""
-    return num_parameters(info, info.shape) * resolve_dtype(config.compute_dtype).itemsize
+def whole_bytes(config: CompressConfig, info: ModelInfo, device: torch.device = CPU) -> int:
+    """Memory of the teacher's weights in the compute dtype of a device."""
+    return num_parameters(info, info.shape) * resolve_dtype(config.compute_dtype, device).itemsize
 
 
 def sequences_scored(config: CompressConfig) -> dict[str, int]:

@@ -13,7 +13,9 @@ from compress.multiple_choice import PROMPT
 from compress.settings import CompressConfig
 
 
-def multiple_choice(config: CompressConfig, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def multiple_choice(
+    config: CompressConfig, folder: Path, dtype: torch.dtype, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Zero-shot accuracy on the first evaluate.lm_eval_items rows of a jsonl of {question, choices, label}.
 
     Returns {task: {accuracy, accuracy_normalized (by the choices' length), standard_error, num_items}}.
@@ -33,7 +35,7 @@ def multiple_choice(config: CompressConfig, folder: Path, dtype: torch.dtype) ->
         "doc_to_target": "{{label}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    arguments = {"pretrained": str(folder), "dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
+    arguments = {"pretrained": str(folder), "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args=arguments,

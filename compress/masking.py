@@ -88,12 +88,16 @@ def _silent(kept: Tensor, size: int) -> Tensor:
     return silent_X
 
 
+def _silence(values: Tensor, silent_X: Tensor) -> Tensor:
+    return values.masked_fill(silent_X.to(values.device), 0)
+
+
 def _zero_output(module: nn.Module, silent_X: Tensor) -> Callable[[], None]:
-    return module.register_forward_hook(lambda _m, _a, output: output.masked_fill(silent_X, 0)).remove
+    return module.register_forward_hook(lambda _m, _a, output: _silence(output, silent_X)).remove
 
 
 def _zero_input(module: nn.Module, silent_X: Tensor) -> Callable[[], None]:
-    return module.register_forward_pre_hook(lambda _m, arguments: (arguments[0].masked_fill(silent_X, 0),)).remove
+    return module.register_forward_pre_hook(lambda _m, arguments: (_silence(arguments[0], silent_X),)).remove
 
 
 def _norm_over(norm: Any, kept_X: Tensor) -> Callable[[], None]:
@@ -149,7 +153,7 @@ def _mask_experts(
             outer_MD = run_expert(experts, expert, hidden_ND[token_M], units[place])[1]
             outer_MD = (outer_MD * weight_NK[token_M, place_M, None]).to(hidden_ND.dtype)
             result_ND.index_add_(0, token_M, outer_MD)
-        return result_ND.masked_fill(silent_D, 0)
+        return _silence(result_ND, silent_D)
 
     router.forward, experts.forward = route, forward
 

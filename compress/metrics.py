@@ -99,11 +99,12 @@ def generation_speed(
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):  # the first round warms up
         for name, model in models.items():
+            ids = prompt.to(model.device)
             start = time.perf_counter()
             model.generate(  # type: ignore[operator]
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 generation_config=greedy,
-            )
+            ).cpu()
             seconds[name].append(time.perf_counter() - start)
     return {name: num_tokens / statistics.median(times[1:]) for name, times in seconds.items()}

@@ -83,6 +83,11 @@ def available_bytes() -> int:
     return max(0, min(found))
 
 
+def free_bytes(device: torch.device) -> int:
+    """`available_bytes`, of a device; a GPU was not asked here."""
+    return available_bytes() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
 def _data_bytes() -> int:
     """VmData of this process, which RLIMIT_DATA and RLIMIT_AS count: reserved, whether or not it is resident."""
     with contextlib.suppress(OSError, StopIteration):

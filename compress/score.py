@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -18,19 +19,29 @@ from compress.architecture import ModelInfo
 from compress.artifacts import fingerprint_path, free_disk_bytes, write_json
 from compress.criteria import AGGREGATED, Criterion, parse_criterion
 from compress.depth import rank_layers, rank_layers_by_task, removal_reach
+from compress.devices import device_of, set_attention
 from compress.errors import ArtifactError, ConfigError
 from compress.folders import read_model
 from compress.gradients import estimate_taylor, weight_magnitude
 from compress.importance import estimate_importance, stream_importance
-from compress.inputs import check_calibration, sequences_scored, source_of, streams, task_items, whole_bytes
-from compress.models import load_model, load_tokenizer
+from compress.inputs import (
+    check_calibration,
+    check_device,
+    sequences_scored,
+    source_of,
+    streams,
+    task_items,
+    whole_bytes,
+)
+from compress.models import load_tokenizer
 from compress.multiple_choice import encode_choices
-from compress.parallel import Ranks, agreed_dtype, available_bytes, joined, resolve_dtype
+from compress.parallel import Ranks, agreed_dtype, free_bytes, joined, resolve_dtype
 from compress.progress import console, track
 from compress.recommendation import compare_criteria
 from compress.scores import Importance, LayerRemovals, by_similarity, rank_correlation, save_importance
 from compress.settings import CompressConfig, ComputeDtype, DepthCriterion
 from compress.shapes import enumerate_shapes, rank
+from compress.streaming import load_on
 from compress.targets import budget, given_shape, given_sizes, grid_of
 from compress.tokens import TokenBatch, TokenSet
 
@@ -47,27 +58,29 @@ def run(config: CompressConfig, run_dir: Path) -> None:
 
     Under torchrun every rank calls it and takes its share of the calibration set; the first one writes.
     """
+    device = device_of(config.cluster.device)
     with joined() as ranks:
         # What each would measure by itself must be one answer for all.
-        dtype = str(agreed_dtype(config.compute_dtype, ranks)).removeprefix("torch.")
-        alone = ranks.agree(str(streams(config, read_model(source_of(config), config.teacher.trust_remote_code))))
-        scoring = replace(config.score, stream=alone == "True")
-        _run(replace(config, compute_dtype=ComputeDtype(dtype), score=scoring), run_dir, ranks)
+        dtype = str(agreed_dtype(config.compute_dtype, ranks, device)).removeprefix("torch.")
+        info = read_model(source_of(config), config.teacher.trust_remote_code)
+        scoring = replace(config.score, stream=ranks.agree(str(streams(config, info, device=device))) == "True")
+        _run(replace(config, compute_dtype=ComputeDtype(dtype), score=scoring), run_dir, ranks, device)
 
 
-def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
+def _run(config: CompressConfig, run_dir: Path, ranks: Ranks, device: torch.device) -> None:
     trust = config.teacher.trust_remote_code
     info = read_model(source_of(config), trust)
     tokens = _calibration(config, run_dir, info, ranks)
     criteria = [parse_criterion(text) for text in config.score.width]
-    _check_memory(config, info)  # what is free has changed since preflight
+    _check_memory(config, info, device)  # what is free has changed since preflight
     started = time.monotonic()
     model = None
     if streams(config, info):
-        importance = _streamed(config, run_dir, info, tokens, criteria, ranks)
+        importance = _streamed(config, run_dir, info, tokens, criteria, ranks, device)
     else:
-        model = load_model(info.folder, resolve_dtype(config.compute_dtype), trust)
-        model.eval().requires_grad_(False)
+        dtype = resolve_dtype(config.compute_dtype)
+        model = load_on(device, info.folder, dtype, trust)
+        set_attention(model, device, dtype, config, "score")
         importance = _activations(config, model, tokens, criteria, ranks)
     seconds = {"activation": time.monotonic() - started}
     widths = dict(importance.widths)
@@ -75,7 +88,7 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
         began = time.monotonic()
         if criterion.kind == "taylor":
             assert model is not None  # preflight
-            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor"), ranks)
+            widths[str(criterion)] = estimate_taylor(model, _tracked(config, tokens, "taylor", device), ranks)
         elif criterion.kind == "weight_magnitude":
             widths[str(criterion)] = weight_magnitude(info)
         else:
@@ -113,11 +126,13 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
 
 
 def preflight(config: CompressConfig) -> None:
-    """Raise ConfigError for criteria that this teacher or these settings can't give. Reads no weights."""
+    """Raise ConfigError for criteria that this teacher, these settings or the device can't give. Reads no weights."""
+    check_device(config, "score")
+    device = device_of(config.cluster.device)
     info = read_model(source_of(config), config.teacher.trust_remote_code)
-    _check_memory(config, info)
-    if streams(config, info):
-        _check_spill(config, info)
+    _check_memory(config, info, device)
+    if streams(config, info, device=device):
+        _check_spill(config, info, device)
     for criterion in config.score.depth:
         if criterion.is_measured:
             _reach(config, info)
@@ -125,14 +140,15 @@ def preflight(config: CompressConfig) -> None:
         task_items(config)
 
 
-def _check_memory(config: CompressConfig, info: ModelInfo) -> None:
+def _check_memory(config: CompressConfig, info: ModelInfo, device: torch.device) -> None:
     """Raise ConfigError for criteria that need the whole teacher, or states of it, where there isn't the memory."""
-    weights, free = whole_bytes(config, info), available_bytes()
-    item = resolve_dtype(config.compute_dtype).itemsize
+    weights, free = whole_bytes(config, info, device), free_bytes(device)
+    item = resolve_dtype(config.compute_dtype, device).itemsize
     states = config.score.depth_sequences * config.data.sequence_length * info.shape.hidden_size * item
     states *= info.shape.num_hidden_layers
     measured = [str(criterion) for criterion in config.score.depth if criterion.is_measured]
-    if streams(config, info):
+    larger = "" if device.type == "cpu" else ", or cluster.device=cpu where the machine's own memory is larger"
+    if streams(config, info, device=device):
         whole = [text for text in config.score.width if parse_criterion(text).kind == "taylor"]
         whole += [str(c) for c in config.score.depth if c is not DepthCriterion.block_influence]
         if whole:
@@ -141,20 +157,21 @@ def _check_memory(config: CompressConfig, info: ModelInfo) -> None:
                 f"{', '.join(whole)}: needs the whole teacher in memory, {weights / 1e9:.1f} GB of weights{beside}, "
                 f"and {free / 1e9:.1f} GB are free (score.stream={config.score.stream}); choose activation, "
                 "weighted_activation, weight_magnitude and block_influence, or set score.stream=false on a larger "
-                "machine"
+                f"machine{larger}"
             )
     elif "score.depth_sequences" in sequences_scored(config) and weights + states > free:
         raise ConfigError(
             f"{', '.join(measured)}: keeps the hidden states of score.depth_sequences={config.score.depth_sequences} "
             f"sequences before every layer, {states / 1e9:.1f} GB beside {weights / 1e9:.1f} GB of weights, and "
-            f"{free / 1e9:.1f} GB are free; lower score.depth_sequences, or choose block_influence"
+            f"{free / 1e9:.1f} GB are free; lower score.depth_sequences, or choose block_influence{larger}"
         )
 
 
-def _check_spill(config: CompressConfig, info: ModelInfo) -> None:
+def _check_spill(config: CompressConfig, info: ModelInfo, device: torch.device) -> None:
     """Raise ArtifactError where the calibration text's hidden states, which streaming keeps on disk, don't fit."""
     run_dir = Path(config.run_dir).expanduser()
-    sequence = config.data.sequence_length * info.shape.hidden_size * resolve_dtype(config.compute_dtype).itemsize
+    item = resolve_dtype(config.compute_dtype, device).itemsize
+    sequence = config.data.sequence_length * info.shape.hidden_size * item
     needed, free = config.score.num_sequences * sequence, free_disk_bytes(run_dir)
     if needed > free:
         raise ArtifactError(
@@ -177,7 +194,7 @@ def _recommendation(
         shape = given_shape(config, info)
     else:  # scored for another run's pruning
         shape = info.shape
-    batches = [tokens.batch(group) for group in _unseen(config, tokens)]
+    batches = [tokens.batch(group).to(model.device) for group in _unseen(config, tokens)]
     count = sum(len(batch.input_ids) for batch in batches)
 
     def progress(trials: Iterator[str], total: int) -> Iterator[str]:
@@ -202,16 +219,16 @@ def _unseen(config: CompressConfig, tokens: TokenSet) -> list[list[int]]:
     return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
-def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int) -> Iterator[TokenBatch]:
+def _batches(tokens: TokenSet, num_sequences: int, micro_batch_size: int, device: torch.device) -> Iterator[TokenBatch]:
     """That many sequences, evenly spread over all calibration sources, a micro-batch at a time."""
-    return (tokens.batch(group) for group in tokens.spread(num_sequences, micro_batch_size))
+    return (tokens.batch(group).to(device) for group in tokens.spread(num_sequences, micro_batch_size))
 
 
-def _tracked(config: CompressConfig, tokens: TokenSet, what: str) -> Iterator[TokenBatch]:
+def _tracked(config: CompressConfig, tokens: TokenSet, what: str, device: torch.device) -> Iterator[TokenBatch]:
     """score.num_sequences of calibration text, with a progress bar."""
     count, size = config.score.num_sequences, config.score.micro_batch_size
     return track(
-        _batches(tokens, count, size),
+        _batches(tokens, count, size, device),
         f"scoring {count} sequences, {what}",
         -(-count // size),
         "tok",
@@ -248,9 +265,10 @@ def _activations(
 ) -> Importance:
     """One forward pass."""
     similarity = DepthCriterion.block_cosine in config.score.depth
-    batches = _tracked(config, tokens, "activations")
+    batches = _tracked(config, tokens, "activations", model.device)
+    compiled = config.score.compile and model.device.type == "cpu"  # the kernels are for CPUs
     return estimate_importance(
-        model, batches, _listened(criteria), similarity=similarity, ranks=ranks, compile=config.score.compile
+        model, batches, _listened(criteria), similarity=similarity, ranks=ranks, compile=compiled
     )
 
 
@@ -261,19 +279,23 @@ def _streamed(
     tokens: TokenSet,
     criteria: Sequence[Criterion],
     ranks: Ranks,
+    device: torch.device,
 ) -> Importance:
     """The same scores with one layer in memory at a time, the hidden states in a file of the run folder."""
-    batches = list(_batches(tokens, config.score.num_sequences, config.score.micro_batch_size))
+    dtype = resolve_dtype(config.compute_dtype)
+    batches = list(_batches(tokens, config.score.num_sequences, config.score.micro_batch_size, device))
     spill = run_dir / f".score-spill-{ranks.rank}"
     try:
         return stream_importance(
             info,
-            resolve_dtype(config.compute_dtype),
+            dtype,
             batches,
             _listened(criteria),
             spill=spill,
             ranks=ranks,
-            compile=config.score.compile,
+            compile=config.score.compile and device.type == "cpu",
+            device=device,
+            prepare=lambda model: set_attention(model, device, dtype, config, "score"),
             trust_remote_code=config.teacher.trust_remote_code,
             progress=lambda steps, total: track(
                 steps, f"scoring {config.score.num_sequences} sequences, a layer at a time", total, "tok",
@@ -313,12 +335,12 @@ def _depth(
         tokenizer = load_tokenizer(info.folder, config.teacher.trust_remote_code)
         items = task_items(config)
         found = encode_choices(tokenizer, items, config.score.micro_batch_size, config.data.sequence_length)
+        there = [batch.to(model.device) for batch in found.batches]
         removal = rank_layers_by_task(
-            model, found.batches, found.choice_of_row, found.item_of_choice, found.right, reach, criterion,
-            progress=progress,
+            model, there, found.choice_of_row, found.item_of_choice, found.right, reach, criterion, progress=progress
         )  # fmt: skip
         return removal, {"num_trials": removal.num_trials, "num_items": len(items)}
-    batches = list(_batches(tokens, config.score.depth_sequences, config.score.micro_batch_size))
+    batches = list(_batches(tokens, config.score.depth_sequences, config.score.micro_batch_size, model.device))
     removal = rank_layers(model, batches, reach, criterion, skip_share=SKIP_SHARE, progress=progress, ranks=ranks)
     return removal, {"num_trials": removal.num_trials, "num_sequences": config.score.depth_sequences}
 

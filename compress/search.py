@@ -184,7 +184,7 @@ def _run(
         chosen = entries_of(config, info, importance, folder)
     entries = {entry.name: entry for entry in chosen}
     model, fill = streamed_model(teacher_of(config), dtype, trust, device)
-    set_attention(model, device, dtype, config.distill.micro_batch_size, config.data.sequence_length)
+    set_attention(model, device, dtype, config)
     shard_frozen(model, mesh, fill)
     # What one rank asks is for itself: files of its own, of a number of ranks.
     teacher = RecordedTeacher(model, folder / "teacher" / f"{ranks.rank}-of-{ranks.size}", ranks)
@@ -354,7 +354,7 @@ def _train(contest: _Contest, student: Path, name: str, num_tokens: int, what: s
     settings = config.distill
     torch.manual_seed(config.seed + ranks.rank)
     model, fill = streamed_model(student, torch.float32, config.teacher.trust_remote_code, device)
-    set_attention(model, device, contest.dtype, settings.micro_batch_size, config.data.sequence_length)
+    set_attention(model, device, contest.dtype, config)
     module = StudentModule(model).train()
     shard(module, decoder_layers(model), contest.mesh, contest.dtype, fill)
     register_fsdp_forward_method(module, "figures")

@@ -388,7 +388,7 @@ class ClusterConfig:
     jobs: JobsConfig = field(default_factory=JobsConfig)
     stall_seconds: float | None = 1800.0  # without progress, after which one of several ranks ends; none = never
     shard_ranks: int | None = None  # that share a model (FSDP2); further ones hold copies (HSDP); none = all
-    device: Device = Device.auto  # of distill; the other stages compute on the CPU
+    device: Device = Device.auto  # of the stages that ask models; pruning and exporting are a CPU's
     gpus_per_node: int = 0  # 0 = the CPU trains
     memory_bytes: Size | None = None  # of one GPU; none = what is free on this machine
     peak_flops: Size | None = None  # of one GPU in bfloat16, without sparsity, a second; none = of a product here

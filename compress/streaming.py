@@ -28,7 +28,7 @@ from compress.artifacts import open_tensors, save_tensors
 from compress.devices import CPU
 from compress.errors import ArtifactError
 from compress.folders import read_model
-from compress.models import decoder_layers, empty_model, kernels_for, soft_cap_
+from compress.models import decoder_layers, empty_model, kernels_for, load_model, soft_cap_
 from compress.routing import in_float32
 from compress.slicing import largest_layer_bytes
 from compress.step import packed_masks
@@ -42,12 +42,17 @@ Progress = Callable[[Iterator[Any], int], Iterable[Any]]
 
 class LayerStream:
     """The layers of a checkpoint folder, one by one; `like`: in the class and by the config of this model, which may be
-    a folder's own code, instead of transformers' for its model_type."""
+    a folder's own code, instead of transformers' for its model_type. On `device`."""
 
     def __init__(
-        self, info: ModelInfo, dtype: torch.dtype, trust_remote_code: bool = False, like: PreTrainedModel | None = None
+        self,
+        info: ModelInfo,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        like: PreTrainedModel | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.info, self.dtype, self.trust = info, dtype, trust_remote_code
+        self.info, self.dtype, self.trust, self.device = info, dtype, trust_remote_code, device
         self._config = info.parsed if like is None else like.config
         self._class: Any = AutoModelForCausalLM._model_mapping[type(self._config)] if like is None else type(like)
         self.num_layers = info.shape.num_hidden_layers
@@ -94,20 +99,21 @@ class LayerStream:
         if wrong:
             raise ArtifactError(f"{self.info.folder}: {what} doesn't load: {wrong[:3]}; fetch or make it again")
         in_float32(model)
+        nn.Module.to(model, self.device)
         return model.eval().requires_grad_(False)
 
-    def fill(self, model: PreTrainedModel, number: int | None, device: torch.device = CPU) -> None:
+    def fill(self, model: PreTrainedModel, number: int | None) -> None:
         """Give an `empty_model` of this checkpoint the weights of a layer; None: of all that is outside of the layers,
         with the tables that no checkpoint holds (rotary frequencies)."""
         with torch.random.fork_rng(devices=[]):  # transformers draws weights for the tiny embedding
             if number is not None:
-                _move(decoder_layers(self.layer(number))[0].to(device), decoder_layers(model)[number])
+                _move(decoder_layers(self.layer(number))[0], decoder_layers(model)[number])
                 return
             config = copy.deepcopy(self._config)
             config.num_hidden_layers = 0
             names = [name for name in self.info.tensors if layer_of(name) is None]
-            outside: nn.Module = self._load(config, {n: self.tensor(n) for n in names}, "what is outside of layers")
-            _move(outside.to(device), model)
+            outside = self._load(config, {n: self.tensor(n) for n in names}, "what is outside of layers")
+            _move(outside, model)
 
     def let_go(self) -> None:
         """Free the last layer before the next one comes: models hold themselves in cycles. Small ones may wait."""
@@ -117,8 +123,8 @@ class LayerStream:
     def embed(self, model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
         """The embedding's output (B, T, D), reading only the rows that are asked for; `model` is any of the layers'."""
         rows = self.tensor(self.info.family.embedding)
-        used, place = ids_BT.flatten().unique(return_inverse=True)
-        hidden_BTD = rows[used].to(self.dtype)[place].unflatten(0, tuple(ids_BT.shape))
+        used, place = ids_BT.flatten().cpu().unique(return_inverse=True)
+        hidden_BTD = rows[used].to(self.dtype)[place].unflatten(0, tuple(ids_BT.shape)).to(self.device)
         scale = getattr(model.get_input_embeddings(), "embed_scale", None)
         return hidden_BTD if scale is None else hidden_BTD * torch.as_tensor(scale).to(self.dtype)
 
@@ -145,8 +151,18 @@ def streamed_model(
     Raises ArtifactError, naming the tensors, for a folder that doesn't hold what its config.json describes.
     """
     model = empty_model(folder, dtype, trust_remote_code)
-    stream = LayerStream(read_model(folder, trust_remote_code), dtype, trust_remote_code, like=model)
-    return model, lambda number: stream.fill(model, number, device)
+    stream = LayerStream(read_model(folder, trust_remote_code), dtype, trust_remote_code, model, device)
+    return model, lambda number: stream.fill(model, number)
+
+
+def load_on(device: torch.device, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`load_model`, on a device, frozen and in eval mode; whole in its memory only. Raises ArtifactError."""
+    if device.type == "cpu":
+        return load_model(folder, dtype, trust_remote_code).eval().requires_grad_(False)
+    model, fill = streamed_model(folder, dtype, trust_remote_code, device)
+    for number in (*range(len(decoder_layers(model))), None):
+        fill(number)
+    return model.requires_grad_(False)
 
 
 def _move(source: nn.Module, target: nn.Module) -> None:
@@ -243,7 +259,7 @@ def sweep(
                 leave = visit(model, number)
                 for batch, slot_BTD in zip(batches, states.of, strict=True):
                     before(batch)
-                    hidden_BTD = stream.embed(model, batch.input_ids) if place == 0 else slot_BTD
+                    hidden_BTD = stream.embed(model, batch.input_ids) if place == 0 else slot_BTD.to(stream.device)
                     slot_BTD.copy_(through_layer(model, hidden_BTD, batch.position_ids)[0])
                     yield batch
                 leave()

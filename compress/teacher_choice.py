@@ -12,9 +12,10 @@ import torch
 
 from compress.artifacts import free_disk_bytes
 from compress.comparison import CHUNK_TOKENS
+from compress.devices import device_of, set_attention, wait_for
 from compress.errors import ConfigError
 from compress.inputs import cache_form, teacher_of
-from compress.models import load_model, logits_of, output_head
+from compress.models import logits_of, output_head
 from compress.parallel import resolve_dtype
 from compress.phases import phases_of
 from compress.progress import about
@@ -22,6 +23,7 @@ from compress.rules import check
 from compress.settings import CompressConfig, TeacherMode
 from compress.signals import keys_of, say
 from compress.step import trunk
+from compress.streaming import load_on
 from compress.tokens import TokenSet
 from compress.training import asks_teacher, drawn_sequences
 
@@ -75,16 +77,20 @@ def with_mode(config: CompressConfig, mode: TeacherMode) -> CompressConfig:
 @torch.no_grad()
 def _measured(config: CompressConfig, data: TokenSet) -> tuple[float, float, float]:
     """Seconds of a sequence in a micro-batch: the trunk, the head with its softmax, keeping what the head says."""
-    dtype, form = resolve_dtype(config.compute_dtype), cache_form(config)
-    model = load_model(teacher_of(config), dtype, config.teacher.trust_remote_code).eval()
-    batch = data.batch(range(min(config.distill.micro_batch_size, data.num_sequences)))
+    device, form = device_of(config.cluster.device), cache_form(config)
+    dtype = resolve_dtype(config.compute_dtype, device)
+    model = load_on(device, teacher_of(config), dtype, config.teacher.trust_remote_code)
+    set_attention(model, device, dtype, config)
+    batch = data.batch(range(min(config.distill.micro_batch_size, data.num_sequences))).to(device)
     head, rounds = output_head(model), []
     for _ in range(_ROUNDS):
         times = [time.perf_counter()]
         hidden_BTE = trunk(model, batch)
+        wait_for(device)
         times.append(time.perf_counter())
         for hidden_ND in hidden_BTE[batch.loss_mask].split(CHUNK_TOKENS):
             torch.log_softmax(logits_of(hidden_ND, head).float(), -1)
+        wait_for(device)
         times.append(time.perf_counter())
         for row, key in enumerate(keys_of(batch)):
             say(hidden_BTE[row][batch.loss_mask[row]], head, form, config.seed, key)

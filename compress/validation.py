@@ -64,7 +64,7 @@ def sums_of(
         try:
             rows = []
             for batch in progress(own_share(batches, ranks)):
-                tokens = batch.loss_mask.sum()[None].double()
+                tokens = batch.loss_mask.sum()[None].double().cpu()
                 rows.append(torch.cat([student.figures(batch, teacher.signal(batch)), tokens]))
         finally:
             student.train(mode)

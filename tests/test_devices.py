@@ -6,6 +6,7 @@ What a GPU itself does with them isn't tried: there is none.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from compress.devices import attention_on, place_of, set_attention, usable_attention
 from compress.errors import ConfigError
 from compress.families import family_of_config
-from compress.settings import Device
+from compress.settings import CompressConfig, Device
 
 GPU = torch.device("cuda")
 
@@ -80,15 +81,17 @@ def test_packed_sequences_get_an_attention_without_a_matrix_on_a_gpu(
 
 
 def test_a_long_sequence_is_refused_where_its_mask_would_be_a_matrix() -> None:
+    config = replace(CompressConfig(), data=replace(CompressConfig().data, sequence_length=8192))
+    shorter = replace(config, data=replace(config.data, sequence_length=4096))
     flexible, dropping = make_model(dtype=torch.bfloat16), make_model(dtype=torch.bfloat16, attention_dropout=0.1)
     with pytest.raises(ConfigError, match=re.escape("data.sequence_length=8192 is more than 4096: packed on a GPU")):
-        set_attention(dropping, GPU, torch.bfloat16, 2, 8192)
+        set_attention(dropping, GPU, torch.bfloat16, config)
     assert dropping.config._attn_implementation == "sdpa"
-    set_attention(dropping, GPU, torch.bfloat16, 2, 4096)
+    set_attention(dropping, GPU, torch.bfloat16, shorter)
     assert dropping.config._attn_implementation == "sdpa"
-    set_attention(dropping, torch.device("cpu"), torch.bfloat16, 2, 8192)
+    set_attention(dropping, torch.device("cpu"), torch.bfloat16, config)
     assert dropping.config._attn_implementation == "sdpa"
-    set_attention(flexible, GPU, torch.bfloat16, 2, 8192)
+    set_attention(flexible, GPU, torch.bfloat16, config)
     assert flexible.config._attn_implementation == "flex_attention"
     with pytest.raises(ConfigError, match=r"take distill.micro_batch_size=1 and .*, for flash_attention_2, or data.s"):
         attention_on("cuda", {"flash_attention_2"}, torch.bfloat16, 2, 8192)
@@ -122,6 +125,6 @@ def test_flex_attention_keeps_packed_documents_apart(variant: str) -> None:
     """As torch's attention with a mask does: its forward, compiled for a CPU; it has a backward on GPUs only."""
     model, batch = make_model(variant, dtype=torch.float32), make_batch(2, 20)
     expected = logits(model, batch)
-    set_attention(model, GPU, torch.float32, 2, 20)
+    set_attention(model, GPU, torch.float32, CompressConfig())
     assert model.config._attn_implementation == "flex_attention"
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FAKETIME, FAST, REPOSITORY, Command, Run, environment, needs_faketime
 from distributed import free_port, torchrun
 
@@ -22,7 +23,7 @@ from compress.artifacts import fingerprint_path
 from compress.config import load_config
 from compress.doctor import report
 from compress.errors import CompressError, ConfigError
-from compress.fitness import CHECKS, Line, Subject, Verdict, accelerator, attention
+from compress.fitness import CHECKS, Line, Subject, Verdict, accelerator, attention, memory
 from compress.parallel import available_bytes
 from compress.plan import needs
 
@@ -163,6 +164,25 @@ def test_memory_is_reckoned_for_all_ranks_of_the_node(cache: Path, tmp_path: Pat
     assert found.verdict is Verdict.fail
     assert "500 ranks here need" in found.text
     assert "score.stream=true" in found.text
+
+
+def test_memory_of_a_gpu_is_reckoned_for_its_one_rank(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free there is pretended."""
+    free = 64_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    many = subject(cache, tmp_path, "cluster.shard_ranks=1", ranks=50)
+    assert memory(many, torch.device("cuda")).verdict is Verdict.ok
+    free = 1_000_000
+    found = memory(many, torch.device("cuda"))
+    assert found.verdict is Verdict.fail
+    said = r"the GPUs need [\d.]+ MB each at .*; 1.0 MB are free, of which 0.9 MB can be used; more nodes, distill.rec"
+    assert re.match(said, found.text)
+    free = 500_000
+    scoring = subject(cache, tmp_path, "until=score", "score.stream=false")
+    assert "score.stream=true" in memory(scoring, torch.device("cuda")).text
+    assert memory(subject(cache, tmp_path, "until=score"), torch.device("cuda")).text.endswith("a layer at a time")
 
 
 def test_a_student_that_is_not_chosen_yet_can_not_be_reckoned_with_but_is_no_failure(

@@ -235,7 +235,7 @@ def test_weights_need_weights_from_the_start() -> None:
 def test_plan_and_estimate_count_every_phase(
     cache: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "flops_per_second", lambda _dtype: 1e9)
+    monkeypatch.setattr(estimate, "flops_per_second", lambda *_: 1e9)
     config = load_config("recipe=tiny", phases(FIRST, SECOND), "data.sequence_length=64", f"cache_dir={cache}",
                          "distill.micro_batch_size=2")  # fmt: skip
     assert (num_steps(config), num_tokens(config)) == (8, 2560)
