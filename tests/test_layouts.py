@@ -6,13 +6,17 @@ the same ranks give the same bits.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,17 +222,38 @@ def take_back(run_dir: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_and_the_same_command_gives_the_same_bits(
-    victim: int, upstream: Path, cache: Path, tmp_path: Path
+def test_ranks_that_are_killed_at_any_moment_end_all_and_the_same_command_gives_the_same_bits(
+    upstream: Path, cache: Path, tmp_path: Path
 ) -> None:
-    whole = train(2, Path(shutil.copytree(upstream, tmp_path / "whole")), cache)
+    """One after the other: as the ranks start, in a step, as a checkpoint is written, and after it."""
+    often = ("distill.checkpoint_steps=2", "distill.validate_steps=2")
+    whole = train(2, Path(shutil.copytree(upstream, tmp_path / "whole")), cache, *often)
     run_dir = Path(shutil.copytree(upstream, tmp_path / "run"))
-    started, _ = start_and_wait_for_a_step(run_dir, cache, tmp_path / "log")
-    os.kill(ranks_of(started.pid)[victim], signal.SIGKILL)
-    assert started.wait(120) != 0
-    assert not (run_dir / "distill" / "manifest.json").exists()
-    train(2, run_dir, cache)
+    folder, metrics = run_dir / "distill" / "checkpoints", run_dir / "distill" / "metrics.jsonl"
+
+    def rows() -> int:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    killed: list[tuple[str, int]] = []
+    for moment, victim in itertools.product(("start", "step", "writing", "commit"), (0, 1)):
+        had, known, left = len(checkpoint.steps(folder)), rows(), set(folder.glob(".step_*.tmp-*"))
+        since: dict[str, Callable[[], Any]] = {
+            "start": lambda: True,
+            "step": lambda known=known: rows() > known,
+            "writing": lambda left=left: set(folder.glob(".step_*.tmp-*")) - left,
+            "commit": lambda had=had: len(checkpoint.steps(folder)) > had,
+        }
+        started = torchrun_until(since[moment], 2, tmp_path / "log", *settings_of(run_dir, cache, *often))
+        until = time.monotonic() + 60
+        while len(ranks_of(started.pid)) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        os.kill(ranks_of(started.pid)[victim], signal.SIGKILL)
+        assert started.wait(120) != 0, (moment, victim)
+        assert not (run_dir / "distill" / "manifest.json").exists()
+        killed.append((moment, len(checkpoint.steps(folder))))
+    assert 0 < killed[-1][1] < STEPS / 2, "it went on from kill to kill, and wasn't done"
+    train(2, run_dir, cache, *often)
     assert losses(run_dir) == losses(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(run_dir)[name], weight), name

@@ -49,14 +49,16 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def command(run_dir: Path, cache: Path, *settings: str) -> list[str]:
+def command(run_dir: Path, cache: Path, *settings: str, checkout: Path = REPOSITORY) -> list[str]:
     place = [f"run_dir={run_dir}", f"cache_dir={cache}"]
-    return [str(REPOSITORY / "launch" / "pipeline.sh"), *SETTINGS, *place, *settings]
+    return [str(checkout / "launch" / "pipeline.sh"), *SETTINGS, *place, *settings]
 
 
-def submit(cluster: Cluster, run_dir: Path, cache: Path, *settings: str, **variables: str) -> dict[str, str]:
+def submit(
+    cluster: Cluster, run_dir: Path, cache: Path, *settings: str, checkout: Path = REPOSITORY, **variables: str
+) -> dict[str, str]:
     """The job of each stage."""
-    said = cluster.run(*command(run_dir, cache, *settings), **VARIABLES | variables)
+    said = cluster.run(*command(run_dir, cache, *settings, checkout=checkout), **VARIABLES | variables)
     return dict(line.split() for line in said.splitlines())
 
 
@@ -130,9 +132,14 @@ def disturb(kind: str, cluster: Cluster, job: str) -> None:
 def test_a_disturbed_training_ends_in_the_same_weights(
     kind: str, cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
 ) -> None:
-    run_dir = upstream(undisturbed, tmp_path / "run")
+    """The checkout that it was submitted from is another one by then, which can't even be imported."""
+    run_dir, checkout = upstream(undisturbed, tmp_path / "run"), tmp_path / "checkout"
+    for part in ("compress", "conf", "launch"):
+        shutil.copytree(REPOSITORY / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
     doctor = DOCTOR if kind == "time limit" else {}  # whose signal goes to the step after it
-    jobs = submit(cluster, run_dir, cache, "until=export", **doctor)
+    jobs = submit(cluster, run_dir, cache, "until=export", checkout=checkout, **doctor)
+    for changed in (checkout / "compress" / "__init__.py", checkout / "launch" / "stage.sbatch"):
+        changed.write_text("raise SystemExit('the checkout is another one')")
     wait_for_step(cluster, run_dir, jobs["distill"])
     node = _last_node(cluster, jobs["distill"])
     disturb(kind, cluster, jobs["distill"])
@@ -141,6 +148,23 @@ def test_a_disturbed_training_ends_in_the_same_weights(
         cluster.power_on(node)
     assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
     assert_same_weights(run_dir, undisturbed)
+
+
+def test_slurm_says_in_time_that_the_time_is_up(
+    cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Of a training that would take hours and commits only when it is told to: the limit is real, and so its signal."""
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    settings = ("until=distill", "distill.num_tokens=1e8", "distill.checkpoint_steps=100000",
+                "cluster.jobs.distill.time=2")  # fmt: skip
+    job = submit(cluster, run_dir, cache, *settings, COMPRESS_GRACE="20")["distill"]
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 180, "requeue")
+    steps = checkpoint.steps(run_dir / "distill" / "checkpoints")
+    assert len(steps) == 1, say(run_dir)
+    log = (run_dir / "logs" / f"compress-distill-{job}.log").read_text()
+    assert re.search(r"^try 0: ended with .* 0 tries in a row without a new commit", log, re.MULTILINE), log
+    cluster.run("scancel", job)
+    cluster.finished(job, 60)
 
 
 def test_a_try_that_slurm_lost_sight_of_is_fenced_off(
