@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +37,13 @@ from compress.parallel import (
     agreed_dtype,
     compile_layers,
     device_mesh,
+    free_bytes,
     recompute_layers,
     shard,
     shard_frozen,
 )
 from compress.phases import Phase, Progress, num_steps, phases_of
+from compress.plan import gathers_once
 from compress.progress import track
 from compress.recovery import FORECAST_SHARE, forecast
 from compress.routing import Balance, warn_of_dead
@@ -165,6 +168,7 @@ def _prepare(
     check_same_tokenizer(teacher_path, student_path, trust)
     check_vocabulary(teacher_path, student_path, trust)
     dtype = agreed_dtype(config.compute_dtype, ranks, device)
+    whole_window = _whole_window(config, teacher_path, student_path, ranks, device)
     torch.manual_seed(config.seed + ranks.rank)  # what dropout draws
     model, fill = streamed_model(student_path, torch.float32, trust, device)
     set_attention(model, device, dtype, config)
@@ -197,8 +201,9 @@ def _prepare(
         training_log.keep_up_to(metrics, progress.step)
     work = _work(config, teacher_path, student_path, dtype, device)
     parts = _Parts(
-        config, ranks, device, student, teacher, optimizer, average, balance, data, sets, judge, work, metrics
-    )
+        config, ranks, device, student, teacher, whole_window, optimizer, average, balance, data, sets, judge, work,
+        metrics,
+    )  # fmt: skip
     return parts, progress
 
 
@@ -224,6 +229,18 @@ def _teacher(
     return Teacher(model, listening(terms, to_teacher=True))
 
 
+def _whole_window(config: CompressConfig, teacher: Path, student: Path, ranks: Ranks, device: torch.device) -> bool:
+    """`plan.gathers_once`, by what is free now on the rank that has least."""
+    trust, free, on_cpu = config.teacher.trust_remote_code, free_bytes(device), device.type == "cpu"
+    if on_cpu:
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shape = read_model(student, trust).shape
+    once = not ranks.any(not gathers_once(config, read_model(teacher, trust), shape, ranks.size, free, on_cpu))
+    if once and ranks.size > 1:
+        log.info("distill: the teacher answers all micro-batches of a step at once, gathered once for them")
+    return once
+
+
 def _frozen(
     config: CompressConfig, folder: Path, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device, compiled: bool
 ) -> PreTrainedModel:
@@ -245,6 +262,7 @@ class _Parts:
     device: torch.device
     student: StudentModule
     teacher: TeacherSource
+    whole_window: bool  # it answers all of a step's micro-batches first
     optimizer: LocalOptimizer
     average: MovingAverage | None
     balance: Balance | None
@@ -295,7 +313,7 @@ def _train(parts: _Parts, progress: Progress, writer: checkpoint.Writer, stop: _
             parts.previous.begin(window, step.num_repeated)
         keep = None if parts.previous is None else said
         found = accumulate_gradients(
-            parts.student, parts.teacher, window, terms, parts.ranks, keep, config.teacher.whole_window, parts.balance
+            parts.student, parts.teacher, window, terms, parts.ranks, keep, parts.whole_window, parts.balance
         )
         if parts.previous is not None:
             parts.previous.remember(window, said, parts.student.head_now(said[0].dtype))

@@ -38,6 +38,7 @@ from compress.targets import budget, cut_info, given_shape, grid_of
 from compress.training import asks_teacher
 
 HEADROOM = 0.9  # of a GPU's memory that a step may take: the rest is the allocator's, the kernels' and the driver's
+WINDOW_SHARE = 0.85  # of that, for what need not be held: the reckoning is right to a tenth or so
 CPU_HEADROOM = 0.75  # the C library keeps freed memory: benchmarks/plan.py
 TOKEN_BYTES = 6  # a token on disk: its id, and two marks
 TIME_MARGIN = 1.25  # of Slurm's limit over the estimate
@@ -60,6 +61,7 @@ class Plan:
     seconds: float
     disk: dict[str, int]
     num_gpus: int
+    gathers_once: bool
 
     @property
     def num_ranks(self) -> int:
@@ -112,7 +114,9 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None, num_ranks
     else:
         raise ConfigError(f"cluster.memory_bytes must be set for {num_gpus} GPUs, such as 80GiB")
     copies = world // layout.num_ranks
-    memory = _step_memory(config, teacher, student, layout, world)
+    usable = limit * HEADROOM if num_gpus else limit * CPU_HEADROOM / world
+    once = _gathers_once(config, teacher, student, layout, world, usable)
+    memory = _step_memory(config, teacher, student, layout, world, once)
     recompute, tokens = config.distill.recompute, num_tokens(config)
     work = sum(
         p["num_tokens"] * flops_per_token(teacher, student, p["sequence_length"], recompute, layout.teacher_runs)
@@ -123,9 +127,9 @@ def make_plan(config: CompressConfig, source: ModelInfo | None = None, num_ranks
     length, batch = longest["sequence_length"], longest["global_batch_size"]
     a_token = flops_per_token(teacher, student, length, recompute, layout.teacher_runs)
     made = Plan(
-        teacher, student, layout, copies, _collectives(config, teacher, student, layout, copies),
+        teacher, student, layout, copies, _collectives(config, teacher, student, layout, copies, once),
         batch * length * a_token / speed, memory, limit, flops, flops * tokens / speed,
-        _disk(config, teacher, student), num_gpus,
+        _disk(config, teacher, student), num_gpus, once,
     )  # fmt: skip
     _check_fits(config, made)
     return made
@@ -138,7 +142,31 @@ def needs(config: CompressConfig, num_ranks: int) -> tuple[tuple[str, int], dict
     """
     teacher, student = _models_of(config, None)
     layout = _layout(config, check_layout(config.cluster.shard_ranks, num_ranks), 0)
-    return _peak(_step_memory(config, teacher, student, layout, num_ranks)), _disk(config, teacher, student)
+    memory = _step_memory(config, teacher, student, layout, num_ranks, bool(config.teacher.whole_window))
+    return _peak(memory), _disk(config, teacher, student)
+
+
+def gathers_once(
+    config: CompressConfig, teacher: ModelInfo, student: Shape, num_ranks: int, free: int, on_cpu: bool
+) -> bool:
+    """Whether the teacher answers all micro-batches of a step before the student begins, and is gathered once for them:
+    as teacher.whole_window says, or else where ranks share it, have several micro-batches a step, and what it holds
+    fits into the `free` bytes of each."""
+    layout = _layout(config, check_layout(config.cluster.shard_ranks, num_ranks), 0 if on_cpu else num_ranks)
+    usable = free * (CPU_HEADROOM if on_cpu else HEADROOM)
+    return _gathers_once(config, teacher, student, layout, num_ranks, usable)
+
+
+def _gathers_once(
+    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, world: int, usable: float
+) -> bool:
+    if config.teacher.whole_window is not None:
+        return config.teacher.whole_window
+    micro_batches = _longest_phase(config)["global_batch_size"] // (world * layout.micro_batch_size)
+    if not layout.teacher_runs or layout.num_ranks == 1 or micro_batches < 2:
+        return False
+    needed = _peak(_step_memory(config, teacher, student, layout, world, True))[1]
+    return needed <= WINDOW_SHARE * usable
 
 
 def _models_of(config: CompressConfig, source: ModelInfo | None) -> tuple[ModelInfo, Shape]:
@@ -167,17 +195,17 @@ def _layout(config: CompressConfig, num_ranks: int, num_gpus: int) -> Layout:
 
 
 def _step_memory(
-    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, world: int
+    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, world: int, once: bool
 ) -> dict[str, dict[str, int]]:
     """Of a distillation step of `world` ranks and, where the teacher is corrected, of a step of its own training, by
-    moment."""
+    moment. `once`: the teacher answers the whole window first."""
     beside = _beside(config, num_parameters(teacher, student) // layout.num_ranks, layout.on_cpu)
-    if config.teacher.whole_window and layout.teacher_runs:
+    if once and layout.teacher_runs:
         largest = max(phase["global_batch_size"] * phase["sequence_length"] for phase in phase_settings(config))
         states = largest // world * teacher.shape.hidden_size * layout.compute_bytes
         beside["teacher: final states of the whole window"] = states
     memory = {moment: {**parts, **beside} for moment, parts in step_memory(teacher, student, layout).items()}
-    if config.teacher.whole_window and layout.teacher_runs and layout.num_ranks > 1:
+    if once and layout.teacher_runs and layout.num_ranks > 1:
         whole = num_parameters(teacher, teacher.shape) * layout.compute_bytes
         memory["the teacher's forward"]["gathered: the teacher's"] = whole
     memory["the loss"]["states that terms compare"] = _compared(config, teacher.shape, student, layout)
@@ -192,11 +220,11 @@ def _longest_phase(config: CompressConfig) -> dict[str, Any]:
 
 
 def _collectives(
-    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, copies: int
+    config: CompressConfig, teacher: ModelInfo, student: Shape, layout: Layout, copies: int, once: bool
 ) -> list[Collective]:
     """Of a step of the longest phase."""
     micro_batches = _longest_phase(config)["global_batch_size"] // (copies * layout.num_ranks * layout.micro_batch_size)
-    return step_collectives(teacher, student, layout, micro_batches, copies, config.teacher.whole_window)
+    return step_collectives(teacher, student, layout, micro_batches, copies, once)
 
 
 def _compared(config: CompressConfig, teacher: Shape, student: Shape, layout: Layout) -> int:
@@ -285,7 +313,8 @@ def _check_fits(config: CompressConfig, made: Plan) -> None:
     fits = [
         text
         for text, layout, world in _alternatives(config, made)
-        if _peak(_step_memory(config, made.teacher, made.student, layout, world))[1] <= usable
+        if _peak(_step_memory(config, made.teacher, made.student, layout, world, bool(config.teacher.whole_window)))[1]
+        <= usable
     ]
     raise ConfigError(
         f"training needs {_gib(needed)} on {where} at {moment}, and {share} are there to be used"
@@ -398,6 +427,8 @@ def _work(config: CompressConfig, made: Plan) -> Table:
     if made.num_gpus:
         result.add_section()
         result.add_row("Slurm's request", slurm_request(config, made.seconds))
+    if made.layout.teacher_runs and made.layout.num_ranks > 1:
+        result.add_row("a layer of the teacher is gathered", "once a step" if made.gathers_once else "each micro-batch")
     return result
 
 
@@ -411,8 +442,9 @@ def _layouts(config: CompressConfig, made: Plan) -> Table:
     best: tuple[float, int] | None = None
     for share in sorted({1, made.layout.num_ranks, world, *(size for size in nodes if world % size == 0)}):
         layout = replace(made.layout, num_ranks=share)
-        needed = _peak(_step_memory(config, made.teacher, made.student, layout, world))[1]
-        collectives = _collectives(config, made.teacher, made.student, layout, world // share)
+        once = _gathers_once(config, made.teacher, made.student, layout, world, _usable(made))
+        needed = _peak(_step_memory(config, made.teacher, made.student, layout, world, once))[1]
+        collectives = _collectives(config, made.teacher, made.student, layout, world // share, once)
         sent = sum(one.sent for one in collectives)
         seconds = link_seconds(config, collectives, layout)
         fits = needed <= _usable(made)

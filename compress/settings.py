@@ -163,8 +163,9 @@ class TeacherConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     mode: TeacherMode = TeacherMode.online
-    # online: asked about a whole global batch first; where it is sharded, gathered once for that, whole on every rank
-    whole_window: bool = False
+    # online: asked about a whole global batch first; where it is sharded, gathered once for that, whole on every rank.
+    # null: where that saves gathering and its memory is there
+    whole_window: bool | None = None
 
 
 @dataclass

@@ -66,8 +66,31 @@ def test_work_is_that_of_a_forward_and_a_backward(llama_8b: Path) -> None:
     assert windowed.memory["the teacher's forward"]["gathered: the teacher's"] == pytest.approx(2 * 8.03e9, rel=1e-3)
 
 
+def test_a_shared_teacher_is_gathered_once_a_step_where_its_memory_is_there(llama_8b: Path) -> None:
+    """Not where a rank has a single micro-batch, nor where nobody shares it; else less is sent for it."""
+    several = ("cluster=h100", "cluster.num_nodes=2", "distill.recompute=true", "distill.micro_batch_size=1",
+               "distill.global_batch_size=64")  # fmt: skip
+
+    def gathered(*settings: str) -> tuple[bool, float, int]:
+        made = planned("llama31_8b_to_4b_width", llama_8b, *several, *settings)
+        return made.gathers_once, sum(o.sent for o in made.collectives if o.what == "teacher: layers"), made.peak[1]
+
+    once, always, never = gathered(), gathered("teacher.whole_window=true"), gathered("teacher.whole_window=false")
+    assert once == always
+    assert (once[0], never[0]) == (True, False)
+    assert 4 * once[1] == never[1], "four micro-batches"
+    assert once[2] > never[2]
+    enough = int(never[2] / 0.9) + 1
+    assert gathered(f"cluster.memory_bytes={enough}") == never
+    assert gathered(f"cluster.memory_bytes={int(once[2] / 0.9)}") == never, "so tight that reckoning might be wrong"
+    assert gathered(f"cluster.memory_bytes={int(once[2] / 0.9 / 0.85) + 2}") == once
+    assert not gathered("distill.global_batch_size=16")[0]
+    assert not gathered("cluster.shard_ranks=1", "cluster.memory_bytes=800GiB")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral"])
-def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(variant: str) -> None:
+def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(variant: str, dtype: torch.dtype) -> None:
     """Counted on real tensors of a real model, storage by storage, without the weights."""
     model = make_model(variant)
     config = {**model.config.to_dict(), "model_type": model.config.model_type, "pad_token_id": 90}
@@ -77,7 +100,7 @@ def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(var
     batch = TokenBatch(torch.zeros(2, 24, dtype=torch.long), positions_BT, every_BT, every_BT)
     totals = []
     for layers in (2, 4):
-        small = make_model(variant, num_hidden_layers=layers).to(torch.bfloat16).train()
+        small = make_model(variant, num_hidden_layers=layers).to(dtype).train()
         own = {p.untyped_storage().data_ptr() for p in small.parameters()}
         kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -93,7 +116,7 @@ def test_what_a_layer_saves_is_what_a_real_forward_of_packed_documents_keeps(var
         del output
     real = (totals[1] - totals[0]) / 2
     # How many tokens an expert gets is known only when it runs; everything else to the byte.
-    assert saved_bytes(info, info.shape, 2, 24) == pytest.approx(real, rel=0.1 if info.shape.num_experts else 0)
+    assert saved_bytes(info, info.shape, 2, 24, dtype) == pytest.approx(real, rel=0.1 if info.shape.num_experts else 0)
 
 
 def test_a_student_from_elsewhere_and_another_source_are_planned(
