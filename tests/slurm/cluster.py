@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "setpriv")
+SPANK = Path("/usr/include/slurm/spank.h")  # what plugins are made with
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _PREFIX, _PORT, _NAME = "10.78.0", 16900, "cmp"
 
@@ -199,6 +200,11 @@ class Cluster:
         text = _CONF.format(host=host, prefix=_PREFIX, port=_PORT, folder=self.folder, nodes="\n".join(names),
                             first_job=int(time.time()) % 500_000 * 10 + 1)  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
+        if SPANK.exists():
+            plugin = self.folder / "container.so"
+            source = Path(__file__).with_name("container.c")
+            subprocess.run(["cc", "-shared", "-fPIC", f"-I{SPANK.parent.parent}", "-o", plugin, source], check=True)
+            (self.folder / "plugstack.conf").write_text(f"required {plugin}\n")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # else slurmd looks for systemd
         hosts = ["127.0.0.1 localhost", f"{_PREFIX}.1 {host}"]
         hosts += [f"{_PREFIX}.{10 + int(node[1:])} {node}" for node in self.nodes]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import PATHS, Cluster, missing
+from cluster import PATHS, SPANK, Cluster, missing
 from conftest import FAST, REPOSITORY
 from safetensors.torch import load_file
 
@@ -165,6 +165,19 @@ def test_slurm_says_in_time_that_the_time_is_up(
     assert re.search(r"^try 0: ended with .* 0 tries in a row without a new commit", log, re.MULTILINE), log
     cluster.run("scancel", job)
     cluster.finished(job, 60)
+
+
+@pytest.mark.skipif(not SPANK.exists(), reason="no slurm/spank.h (Debian's package libslurm-dev)")
+def test_every_step_is_in_the_container(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """Of a stand-in for pyxis (container.c), where of /tmp only the run folder and COMPRESS_MOUNTS are to be seen."""
+    run_dir = upstream(undisturbed, tmp_path / "run")
+    mounts = f"{cache}:{cache}"
+    variables = {"COMPRESS_CONTAINER": "/images/compress.sqsh", "COMPRESS_MOUNTS": mounts}
+    jobs = submit(cluster, run_dir, cache, "until=export", **variables)
+    assert cluster.finished(jobs["export"], 300) == "COMPLETED", say(run_dir)
+    steps = (run_dir / "container.txt").read_text().splitlines()
+    assert steps == 3 * [f"/images/compress.sqsh 1 {run_dir}:{run_dir},{mounts}"], "two nodes train, one exports"
+    assert_same_weights(run_dir, undisturbed)
 
 
 def test_a_try_that_slurm_lost_sight_of_is_fenced_off(
