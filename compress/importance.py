@@ -325,6 +325,7 @@ def run_expert(experts: Any, expert: int, hidden_MD: Tensor, kept_F: Tensor | No
         inner_MX = inner_MX + experts.gate_up_proj_bias[expert]
     inner_MF: Tensor = experts._apply_gate(inner_MX)
     if kept_F is not None:
+        kept_F = kept_F.to(inner_MF.device)
         inner_MF = torch.zeros_like(inner_MF).index_copy_(1, kept_F, inner_MF[:, kept_F])
     outer_MD = inner_MF @ down
     return inner_MF, outer_MD + experts.down_proj_bias[expert] if experts.has_bias else outer_MD

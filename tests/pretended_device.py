@@ -82,6 +82,8 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if to_there:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner_args, inner_kwargs = tree_map_only(Tensor, _inner, (args, kwargs))
+    if name == "aten::histc":  # of whole numbers, which CUDA counts and a CPU doesn't
+        inner_args = (inner_args[0].float(), *inner_args[1:])
     result = function(*inner_args, **inner_kwargs)
     if name == "aten::copy_":  # to wherever it was
         return args[0]

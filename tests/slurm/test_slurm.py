@@ -156,9 +156,9 @@ def test_slurm_says_in_time_that_the_time_is_up(
     """Of a training that would take hours and commits only when it is told to: the limit is real, and so its signal."""
     run_dir = upstream(undisturbed, tmp_path / "run")
     settings = ("until=distill", "distill.num_tokens=1e8", "distill.checkpoint_steps=100000",
-                "cluster.jobs.distill.time=2")  # fmt: skip
+                "cluster.jobs.distill.time=3")  # fmt: skip
     job = submit(cluster, run_dir, cache, *settings, COMPRESS_GRACE="20")["distill"]
-    cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 180, "requeue")
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] != "0", 240, "requeue")
     steps = checkpoint.steps(run_dir / "distill" / "checkpoints")
     assert len(steps) == 1, say(run_dir)
     log = (run_dir / "logs" / f"compress-distill-{job}.log").read_text()
