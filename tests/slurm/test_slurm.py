@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import PATHS, SPANK, Cluster, missing
+from cluster import PATHS, Cluster, missing, without_containers
 from conftest import FAST, REPOSITORY
 from safetensors.torch import load_file
 
@@ -167,7 +167,7 @@ def test_slurm_says_in_time_that_the_time_is_up(
     cluster.finished(job, 60)
 
 
-@pytest.mark.skipif(not SPANK.exists(), reason="no slurm/spank.h (Debian's package libslurm-dev)")
+@pytest.mark.skipif(bool(without_containers()), reason=without_containers() or "containers")
 def test_every_step_is_in_the_container(cluster: Cluster, undisturbed: Path, cache: Path, tmp_path: Path) -> None:
     """Of a stand-in for pyxis (container.c), where of /tmp only the run folder and COMPRESS_MOUNTS are to be seen."""
     run_dir = upstream(undisturbed, tmp_path / "run")
