@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from compress.architecture import num_parameters
 from compress.artifacts import read_json, remedy_for, write_json
 from compress.devices import CPU, device_of, set_attention
 from compress.embedded import resolve
 from compress.errors import ArtifactError, ConfigError
 from compress.folders import read_model
-from compress.inputs import KEPT, MEMORY_SHARE, check_device, export_folder, student_of, teacher_of
+from compress.inputs import KEPT, MEMORY_SHARE, check_device, export_folder, student_of, teacher_of, whole_bytes
 from compress.metrics import generation_speed, language_modelling
 from compress.models import load_tokenizer
 from compress.multiple_choice import read_items
@@ -54,9 +53,10 @@ def _run(config: CompressConfig, run_dir: Path, ranks: Ranks) -> None:
     }
     device = device_of(config.cluster.device)
     dtype = agreed_dtype(config.compute_dtype, ranks, device)
-    infos = [read_model(folder, trust) for folder in folders.values()]
-    together = sum(num_parameters(info, info.shape) for info in infos) * dtype.itemsize
-    if ranks.agree(str(device.type == "cpu" or together <= MEMORY_SHARE * free_bytes(device))) != "True":
+    together = 0
+    if device.type != "cpu":
+        together = sum(whole_bytes(config, read_model(folder, trust), device) for folder in folders.values())
+    if ranks.agree(str(together <= MEMORY_SHARE * free_bytes(device))) != "True":
         log.warning("evaluate: the models together are %.1f GB, too much for a GPU here: on CPUs", together / 1e9)
         device = CPU
     models = {name: load_on(device, folder, dtype, trust) for name, folder in folders.items()}

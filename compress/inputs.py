@@ -105,7 +105,7 @@ def streams(
 
 
 def whole_bytes(config: CompressConfig, info: ModelInfo, device: torch.device = CPU) -> int:
-    """Memory of the teacher's weights in the compute dtype of a device."""
+    """Memory of a model's weights in the compute dtype of a device."""
     return num_parameters(info, info.shape) * resolve_dtype(config.compute_dtype, device).itemsize
 
 

@@ -63,7 +63,11 @@ def run(config: CompressConfig, run_dir: Path) -> None:
         # What each would measure by itself must be one answer for all.
         dtype = str(agreed_dtype(config.compute_dtype, ranks, device)).removeprefix("torch.")
         info = read_model(source_of(config), config.teacher.trust_remote_code)
-        scoring = replace(config.score, stream=ranks.agree(str(streams(config, info, device=device))) == "True")
+        scoring = replace(
+            config.score,
+            stream=ranks.agree(str(streams(config, info, device=device))) == "True",
+            compile=config.score.compile and device.type == "cpu",  # the kernels are for CPUs
+        )
         _run(replace(config, compute_dtype=ComputeDtype(dtype), score=scoring), run_dir, ranks, device)
 
 
@@ -266,9 +270,8 @@ def _activations(
     """One forward pass."""
     similarity = DepthCriterion.block_cosine in config.score.depth
     batches = _tracked(config, tokens, "activations", model.device)
-    compiled = config.score.compile and model.device.type == "cpu"  # the kernels are for CPUs
     return estimate_importance(
-        model, batches, _listened(criteria), similarity=similarity, ranks=ranks, compile=compiled
+        model, batches, _listened(criteria), similarity=similarity, ranks=ranks, compile=config.score.compile
     )
 
 
@@ -293,7 +296,7 @@ def _streamed(
             _listened(criteria),
             spill=spill,
             ranks=ranks,
-            compile=config.score.compile and device.type == "cpu",
+            compile=config.score.compile,
             device=device,
             prepare=lambda model: set_attention(model, device, dtype, config, "score"),
             trust_remote_code=config.teacher.trust_remote_code,

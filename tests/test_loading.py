@@ -73,7 +73,7 @@ def test_a_streamed_model_is_the_one_that_transformers_loads(
         assert found.config._attn_implementation == loaded.config._attn_implementation
 
 
-def _gathered(folders: list[Path]) -> None:
+def check_gathered(folders: list[Path]) -> None:
     with device_mesh(None) as (_, mesh):
         for folder in folders:
             student, fill = streamed_model(folder, torch.float32)
@@ -108,10 +108,10 @@ def test_what_ranks_share_is_together_the_model_that_transformers_loads(
         save_model(tmp_path / f"{variant}-{tied}", make_model(variant, tied, torch.bfloat16))
         for variant, tied in models
     ]
-    on_ranks(2, _gathered, folders)
+    on_ranks(2, check_gathered, folders)
 
 
-def _asked(folder: Path) -> None:
+def check_asked(folder: Path) -> None:
     with device_mesh(None) as (ranks, mesh):
         model, fill = streamed_model(folder, torch.float32)
         shard_frozen(model, mesh, fill)
@@ -131,7 +131,7 @@ def _asked(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_teacher_that_answers_a_whole_window_is_gathered_once(tmp_path: Path) -> None:
     """A unit is each layer, and the embedding."""
-    on_ranks(2, _asked, save_model(tmp_path / "m", make_model(dtype=torch.float32)))
+    on_ranks(2, check_asked, save_model(tmp_path / "m", make_model(dtype=torch.float32)))
 
 
 def _student(folder: Path, mesh: DeviceMesh) -> PreTrainedModel:
