@@ -21,7 +21,7 @@ from compress.models import OutputHead, logits_of
 from compress.objectives.forward_kl import block_rows, forward_kl_, sampled_forward_kl_
 from compress.objectives.hidden import Recorded
 from compress.objectives.table import OBJECTIVES
-from compress.objectives.terms import Rows, SparseRows, Term
+from compress.objectives.terms import Rows, SparseRows, Term, VocabularyShard
 
 _BLOCKS = 8  # of the elementwise blocks of forward KL alone: several results at a time
 CHUNK_BYTES = 192 << 20  # of the student's and the teacher's logits together
@@ -81,6 +81,7 @@ def _blockwise_(
     own: int,
     carry_V: Tensor | None,
     sums_K: Tensor,
+    shard: VocabularyShard | None,
 ) -> Tensor | None:
     """Add each term's loss to sums_K and overwrite student_CV's first `own` rows by the scaled gradient.
 
@@ -101,7 +102,7 @@ def _blockwise_(
             last = ahead if objective.pairs else stop
             rows = made.get((term.temperature, last))
             if rows is None:
-                rows = _rows(student_CV, teacher_CV, targets, slice(start, last), term.temperature)
+                rows = _rows(student_CV, teacher_CV, targets, slice(start, last), term.temperature, shard)
                 made[term.temperature, last] = rows
             if sparse is None or objective.labels_only:
                 assert objective.function is not None, f"{term.objective} isn't one of logits"
@@ -115,11 +116,18 @@ def _blockwise_(
     return carry_V
 
 
-def _rows(student_CV: Tensor, teacher_CV: Tensor | None, targets: Targets, block: slice, temperature: float) -> Rows:
+def _rows(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    targets: Targets,
+    block: slice,
+    temperature: float,
+    shard: VocabularyShard | None,
+) -> Rows:
     dtype = torch.promote_types(student_CV.dtype, torch.float32)
     logits = [None if x is None else x[block].to(dtype) / temperature for x in (student_CV, teacher_CV)]
     assert logits[0] is not None
-    return Rows(logits[0], logits[1], targets.labels_N[block], targets.paired_N[block])
+    return Rows(logits[0], logits[1], targets.labels_N[block], targets.paired_N[block], shard)
 
 
 def _sparse_rows(rows: Rows, sparse: SparseSignal, block: slice) -> SparseRows:
@@ -144,6 +152,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scales: Sequence[float],
         size: int,
         compiled: bool,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(student_ND.dtype, torch.float32)
         head = OutputHead(weight_VD, head.softcap, bias_V, head.scale)
@@ -153,6 +162,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_VD: Tensor | None = None
         grad_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
         alone = [term.objective for term in terms] == ["forward_kl"]
+        alone = alone and shard is None
         simple = alone and isinstance(signal, DenseSignal)
         sampled = alone and isinstance(signal, SparseSignal) and signal.kind == "sample" and terms[0].temperature == 1
         carry_V: Tensor | None = None
@@ -187,7 +197,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 sums_K[0] += sampled_forward_kl_(student_RV, *known, scale).sum()
             else:
                 part = Targets(targets.labels_N[rows], targets.paired_N[rows])
-                carry_V = _blockwise_(student_RV, teacher_RV, sparse, part, terms, scales, own, carry_V, sums_K)
+                carry_V = _blockwise_(student_RV, teacher_RV, sparse, part, terms, scales, own, carry_V, sums_K, shard)
             gradient_RV = student_RV[:own]
             if slope_RV is not None:
                 gradient_RV *= slope_RV
@@ -220,8 +230,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.grads = None  # scaled in place below
         scale = grad.item() if grad.device.type == "cpu" else grad
         if grad.device.type == "cpu" and scale == 1:
-            return *grads, *[None] * 7
-        return *[None if one is None else one.mul_(scale) for one in grads], *[None] * 7
+            return *grads, *[None] * 8
+        return *[None if one is None else one.mul_(scale) for one in grads], *[None] * 8
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, last: bool) -> Tensor:
@@ -251,6 +261,7 @@ def chunked_loss(
     *,
     chunk_tokens: int | None = None,
     compiled: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sum of objectives at N loss tokens, without ever holding N rows of logits.
 
@@ -264,6 +275,9 @@ def chunked_loss(
         chunk_tokens: tokens per product; None: what CHUNK_BYTES of both models' logits hold.
         compiled: with kernels that torch compiles in some seconds at the first call: forward KL alone, and a turn of
             the head's gradient, whose products can be the faster ones then.
+        shard: which part of the vocabulary this rank's heads (the student's and the teacher's) have; every rank of its
+            group calls it with the same tokens and a dense signal. The gradient on student_ND is this part's, to be
+            summed over the group.
 
     Returns:
         (sum over terms of scale * sum, to be differentiated; each term's sum over tokens (K,), in nats or its own
@@ -272,8 +286,9 @@ def chunked_loss(
     """
     size = chunk_tokens or tokens_per_chunk(len(head.weight_VD), student_ND.element_size())
     scales = [1.0] * len(terms) if scales is None else list(scales)
+    assert shard is None or not isinstance(signal, SparseSignal), "a cache is of whole vocabularies"
     result: tuple[Tensor, Tensor] = _ChunkedLoss.apply(
-        student_ND, head.weight_VD, head.bias_V, head, signal, targets, list(terms), scales, size, compiled
+        student_ND, head.weight_VD, head.bias_V, head, signal, targets, list(terms), scales, size, compiled, shard
     )
     return result
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.objectives.divergences import Result
-from compress.objectives.terms import Rows, SparseRows, Term, through_softmax, times_log_ratio
+from compress.objectives.terms import Rows, SparseRows, Term, times_log_ratio
 
 
 def top_k_kl(rows: Rows, term: Term) -> Result:
@@ -16,14 +16,19 @@ def top_k_kl(rows: Rows, term: Term) -> Result:
 
     Without the bucket, or renormalised, it would not be a divergence of the models (Team Megatron's "ghost token").
     """
-    ids_RK = _largest(rows.teacher_RV, term.k)
-    return _bucketed(rows.log_q_RV, ids_RK, rows.log_p_RV.gather(-1, ids_RK))
+    ids_RK = rows.largest(rows.teacher_RV, term.k)
+    log_q_RK, log_p_RK = rows.take(rows.log_q_RV, ids_RK), rows.take(rows.log_p_RV, ids_RK)
+    loss_R, of_rest_R, slope_RK = _bucketed(log_q_RK, log_p_RK)
+    slope_RV = rows.q_RV * of_rest_R[:, None]
+    return loss_R, rows.put_(slope_RV, ids_RK, slope_RK)
 
 
 def sparse_top_k_kl(rows: SparseRows, _term: Term) -> Result:
     """`top_k_kl` from a cache, whose ids it takes."""
     log_p_RK = rows.probabilities_RK.clamp_min(torch.finfo(rows.log_q_RV.dtype).tiny).log()
-    return _bucketed(rows.log_q_RV, rows.ids_RK, log_p_RK)
+    loss_R, of_rest_R, slope_RK = _bucketed(rows.log_q_RV.gather(-1, rows.ids_RK), log_p_RK)
+    slope_RV = rows.log_q_RV.exp() * of_rest_R[:, None]
+    return loss_R, slope_RV.scatter_(-1, rows.ids_RK, slope_RK)
 
 
 def sparse_forward_kl(rows: SparseRows, _term: Term) -> Result:
@@ -41,15 +46,15 @@ def bild(rows: Rows, term: Term) -> Result:
     loss_R = slope_RV.new_zeros(len(slope_RV))
     one, other = torch.triu_indices(term.k, term.k, 1, device=slope_RV.device)
     for leader_RV in (rows.teacher_RV, rows.student_RV):
-        ids_RK = _largest(leader_RV, term.k)
-        student_RK, teacher_RK = rows.student_RV.gather(-1, ids_RK), rows.teacher_RV.gather(-1, ids_RK)
+        ids_RK = rows.largest(leader_RV, term.k)
+        student_RK, teacher_RK = rows.take(rows.student_RV, ids_RK), rows.take(rows.teacher_RV, ids_RK)
         log_q_RP = torch.log_softmax(student_RK[:, one] - student_RK[:, other], -1)
         log_p_RP = torch.log_softmax(teacher_RK[:, one] - teacher_RK[:, other], -1)
         loss_R += times_log_ratio(log_p_RP.exp(), log_p_RP, log_q_RP).sum(-1)
         error_RP = log_q_RP.exp() - log_p_RP.exp()
         slope_RK = torch.zeros_like(student_RK)
         slope_RK.index_add_(1, one, error_RP).index_add_(1, other, -error_RP)
-        slope_RV.scatter_add_(-1, ids_RK, slope_RK)
+        rows.add_(slope_RV, ids_RK, slope_RK)
     return loss_R, slope_RV
 
 
@@ -80,37 +85,21 @@ def span_relation(rows: Rows, _term: Term) -> Result:
     slope_RV = torch.zeros_like(rows.q_RV)
     slope_RV[:-1] += 2 * error_RV * rows.q_RV[1:]
     slope_RV[1:] += 2 * error_RV * rows.q_RV[:-1]
-    return error_RV.square().sum(-1), through_softmax(slope_RV, rows.q_RV)
+    return rows.total(error_RV.square()), rows.through_softmax(slope_RV)
 
 
-def _bucketed(log_q_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> Result:
-    log_q_RK = log_q_RV.gather(-1, ids_RK)
+def _bucketed(log_q_RK: Tensor, log_p_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (R,), what q_v of the other tokens is multiplied by to be their slope (R,), slope of the k (R, K))."""
     log_p_R, log_q_R = _log_rest(log_p_RK), _log_rest(log_q_RK)
     p_RK, p_R, q_R = log_p_RK.exp(), log_p_R.exp(), log_q_R.exp()
     loss_R = times_log_ratio(p_RK, log_p_RK, log_q_RK).sum(-1) + times_log_ratio(p_R, log_p_R, log_q_R)
-    # Of the others q_v (1 - p_rest / q_rest), of the k q_v - p_v.
-    slope_RV = log_q_RV.exp()
-    q_RK = slope_RV.gather(-1, ids_RK)
-    slope_RV *= (1 - p_R / q_R)[:, None]
-    return loss_R, slope_RV.scatter_(-1, ids_RK, q_RK - p_RK)
+    return loss_R, 1 - p_R / q_R, log_q_RK.exp() - p_RK
 
 
 def _log_rest(log_RK: Tensor) -> Tensor:
     """log(1 - sum exp) without the cancellation of a sum close to 1, and not below what rounding leaves of one."""
     rest_R = -torch.expm1(log_RK.logsumexp(-1).clamp_max(0))
     return rest_R.clamp_min(torch.finfo(log_RK.dtype).eps).log()
-
-
-def _largest(values_RV: Tensor, k: int) -> Tensor:
-    """Ids of the k largest, descending; ties, which bfloat16 weights make, by id, so that a run can be repeated.
-
-    Raises AssertionError for more than there are; config checks k against the vocabulary.
-    """
-    assert k <= values_RV.shape[-1]
-    found_RK, ids_RK = values_RV.topk(k, -1)
-    by_id_RK = ids_RK.argsort(-1)
-    by_value_RK = found_RK.gather(-1, by_id_RK).argsort(dim=-1, descending=True, stable=True)
-    return ids_RK.gather(-1, by_id_RK.gather(-1, by_value_RK))
 
 
 def _quantiles(values_RV: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class Objective:
         hidden: what it needs of both models' forwards, `outputs` of layers, `attention` or `embedding`; None for an
             objective of logits.
         inside: from that, in place of `function`.
+        whole_vocabulary: it sorts a token's whole distribution, which ranks that share the vocabulary don't have.
     """
 
     formula: str
@@ -44,6 +45,7 @@ class Objective:
     detached: bool = False
     hidden: str | None = None
     inside: Callable[[Inside, Term], Tensor] | None = None
+    whole_vocabulary: bool = False
 
 
 class AnyTerm(Protocol):
@@ -104,6 +106,7 @@ OBJECTIVES: dict[str, Objective] = {
         divergences.adaptive_kl,
         options=("head_mass",),
         detached=True,
+        whole_vocabulary=True,
     ),
     "top_k_kl": Objective(
         "KL over the teacher's k largest and one bucket of all others",
@@ -126,6 +129,7 @@ OBJECTIVES: dict[str, Objective] = {
         "leaves out the teacher's tail",
         partial.dac_kl,
         options=("lower_quantile", "upper_quantile"),
+        whole_vocabulary=True,
     ),
     "span_relation": Objective(
         "‖p_t p_{t+1} − q_t q_{t+1}‖²",
