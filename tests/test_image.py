@@ -70,7 +70,8 @@ def _held(folder: Path) -> Path:
 
 def _shell(command: str, python: Path, cwd: Path, *, network: bool = True, **variables: str) -> Process:
     """Of an environment, as bash runs a command in it; where this user may, in a namespace without a network."""
-    given = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    left_out = ("PYTHONPATH", "PYTHON")  # the second is what `make PYTHON=...` hands down
+    given = {name: value for name, value in environment().items() if name not in left_out}
     variables |= {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     # A node without a network has itself: gloo asks for the loopback interface even of one process.
     alone = ["unshare", "--net", "bash", "-c", 'ip link set lo up && "$@"', "alone"]
